@@ -1,0 +1,186 @@
+"""Domain errors. Each knows its contract code and never an HTTP status.
+
+    GatewayError                        code                  retryable
+      MalformedRequestError             malformed_request     no
+        InvalidTensorError              invalid_tensor        no
+        InvalidParameterError           invalid_parameter     no
+      UnsupportedEncodingError          unsupported_encoding  no
+      UnsupportedOperationError         unsupported           no
+      PayloadTooLargeError              payload_too_large     no
+      UnauthenticatedError              unauthenticated       no
+      PermissionDeniedError             permission_denied     no
+      NotFoundError                     not_found             no
+        ModelNotFoundError              model_not_found       no
+        VersionNotFoundError            version_not_found     no
+        KeyNotFoundError                key_not_found         no
+      ConflictError                     conflict              no
+      ModelLoadError                    model_load_failed     no
+      ModelNotReadyError                model_not_ready       yes
+      QueueFullError                    queue_full            yes
+      ShuttingDownError                 shutting_down         yes
+      StoreUnavailableError             store_unavailable     yes
+      DeadlineExceededError             deadline_exceeded     no
+      CancelledByCallerError            cancelled             no
+      ModelExecutionError               model_failed          no
+      InternalError                     internal              no
+
+A message says what was expected and what came. It never holds a key, a payload, a path or an address.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GatewayError(Exception):
+    """Base of every error that the gateway answers with.
+
+    Attributes:
+        code: the contract's name of the situation, stable over releases.
+        retryable: the same request may succeed when sent again unchanged.
+        retry_after_s: seconds a caller should wait before trying again, where that is known.
+    """
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class MalformedRequestError(GatewayError):
+    """The body, a header or the path cannot be read as what the contract asks for."""
+
+    code = "malformed_request"
+
+
+class InvalidTensorError(MalformedRequestError):
+    """A tensor has the wrong name, datatype, shape or content for the model's signature."""
+
+    code = "invalid_tensor"
+
+
+class InvalidParameterError(MalformedRequestError):
+    """A request parameter has the wrong type or lies outside its range."""
+
+    code = "invalid_parameter"
+
+
+class UnsupportedEncodingError(GatewayError):
+    """The Content-Encoding of the body is none that the gateway can undo."""
+
+    code = "unsupported_encoding"
+
+
+class UnsupportedOperationError(GatewayError):
+    """The protocol knows the operation, this gateway does not offer it."""
+
+    code = "unsupported"
+
+
+class PayloadTooLargeError(GatewayError):
+    """The body, before or after decompression, is larger than the limit."""
+
+    code = "payload_too_large"
+
+
+class UnauthenticatedError(GatewayError):
+    """No key, or none that is known, unexpired and unrevoked. Never says which."""
+
+    code = "unauthenticated"
+
+
+class PermissionDeniedError(GatewayError):
+    """The key is good and lacks the scope that the route asks for."""
+
+    code = "permission_denied"
+
+
+class NotFoundError(GatewayError):
+    """No such path or object."""
+
+    code = "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of that name, or none that the caller's key may see."""
+
+    code = "model_not_found"
+
+
+class VersionNotFoundError(NotFoundError):
+    """The model has no such version."""
+
+    code = "version_not_found"
+
+
+class KeyNotFoundError(NotFoundError):
+    """No API key with that public id."""
+
+    code = "key_not_found"
+
+
+class ConflictError(GatewayError):
+    """The request contradicts the present state of the object."""
+
+    code = "conflict"
+
+
+class ModelLoadError(GatewayError):
+    """A model version could not be loaded; the message starts with ``failed to load '<name>'``."""
+
+    code = "model_load_failed"
+
+
+class ModelNotReadyError(GatewayError):
+    """The version exists and cannot answer now: loading, unloading or failed."""
+
+    code = "model_not_ready"
+    retryable = True
+
+
+class QueueFullError(GatewayError):
+    """The model's queue is at its bound of rows or bytes."""
+
+    code = "queue_full"
+    retryable = True
+
+
+class ShuttingDownError(GatewayError):
+    """The gateway drains and takes no new work."""
+
+    code = "shutting_down"
+    retryable = True
+
+
+class StoreUnavailableError(GatewayError):
+    """The database does not answer."""
+
+    code = "store_unavailable"
+    retryable = True
+
+
+class DeadlineExceededError(GatewayError):
+    """The caller's deadline, or the queue's timeout, passed before the answer was there."""
+
+    code = "deadline_exceeded"
+
+
+class CancelledByCallerError(GatewayError):
+    """The caller went away; nobody reads this answer."""
+
+    code = "cancelled"
+
+
+class ModelExecutionError(GatewayError):
+    """The model itself failed on this request, which had passed every check of its signature."""
+
+    code = "model_failed"
+
+
+class InternalError(GatewayError):
+    """A defect of the gateway; details are in its log under the request id."""
+
+    code = "internal"

@@ -1,0 +1,164 @@
+"""How one model is to be served: what `config.pbtxt` and `inferway.toml` say, as frozen values.
+
+Every field has the value that holds where no file says anything; ``None`` means "derive it from the graph or measure".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class TensorConfig:
+    """What a configuration says of one input or output.
+
+    Attributes:
+        dims: without the batch axis where ``max_batch_size`` > 0, as in Triton; None where not said.
+        reshape: the shape that the model itself sees, without the batch axis; None where it is ``dims``.
+        labels: read from the label file of an output.
+    """
+
+    name: str
+    datatype: str | None = None
+    dims: tuple[int, ...] | None = None
+    reshape: tuple[int, ...] | None = None
+    optional: bool = False
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """Bounds of one priority level's queue.
+
+    Attributes:
+        default_timeout_s: how long a request may wait when it names no timeout; None is without bound.
+        allow_timeout_override: a request may name a shorter timeout of its own.
+        timeout_action: reject: answer with an error; delay: let it wait behind all others.
+        max_queue_requests: requests that may wait; 0 is without a bound of this kind.
+    """
+
+    default_timeout_s: float | None = None
+    allow_timeout_override: bool = True
+    timeout_action: Literal["reject", "delay"] = "reject"
+    max_queue_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PaddingAxis:
+    """A variable axis that requests of different lengths may be padded along to share a batch.
+
+    Attributes:
+        inputs: input name to the axis number (batch axis counted) that is padded.
+        outputs: output name to the axis number that is cut back to the request's own length.
+        fill: input name to the value that fills the padding; 0 where not named. A mask input is filled with 0.
+        buckets: lengths to pad to, ascending; empty pads to the longest request of the batch.
+        max_waste: the share of padded elements that a batch may have, 0 to 1.
+    """
+
+    inputs: dict[str, int]
+    outputs: dict[str, int] = field(default_factory=dict)
+    fill: dict[str, float] = field(default_factory=dict)
+    buckets: tuple[int, ...] = ()
+    max_waste: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPolicy:
+    """How requests to one model are put together.
+
+    Attributes:
+        enabled: None: batch where the probe found that rows may be batched; True: the operator vouches for it, also
+            where rows depend on their mates; False: never.
+        preferred_rows: sizes at which a waiting batch leaves at once.
+        max_queue_delay_s: how long a batch that could leave may wait for more rows.
+        max_queue_rows, max_queue_bytes: bounds of what may wait, over all priorities.
+        priority_levels: 0 is one queue for all; else priorities 1 (first) to this number.
+        default_priority: for a request that names none.
+        queue: the policy of levels that ``queue_by_priority`` does not name.
+        preserve_order: answers leave in the order of arrival.
+        padding: axes that may be padded.
+    """
+
+    enabled: bool | None = None
+    preferred_rows: tuple[int, ...] = ()
+    max_queue_delay_s: float = 0.0
+    max_queue_rows: int = 4096
+    max_queue_bytes: int = 256 * 1024 * 1024
+    priority_levels: int = 0
+    default_priority: int = 0
+    queue: QueuePolicy = field(default_factory=QueuePolicy)
+    queue_by_priority: dict[int, QueuePolicy] = field(default_factory=dict)
+    preserve_order: bool = False
+    padding: tuple[PaddingAxis, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How ONNX Runtime is to be set up for one model; None leaves the choice to the load-time trial.
+
+    Attributes:
+        providers: execution providers in order of preference; empty takes the gateway's.
+        intra_op_threads: threads inside one run.
+        disabled_optimizers: graph optimisers to leave out.
+        trial: try several options on the warm-up input at load and keep the fastest.
+    """
+
+    providers: tuple[str, ...] = ()
+    intra_op_threads: int | None = None
+    disabled_optimizers: tuple[str, ...] | None = None
+    trial: bool = True
+    inline: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupInput:
+    """One input of a warm-up request. Exactly one of the three sources of data is set."""
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
+    source: Literal["zero", "random", "file"] = "zero"
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    name: str
+    rows: int
+    count: int
+    inputs: tuple[WarmupInput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionPolicy:
+    """Which versions of a model are served. latest: the ``latest`` highest; all; or those of ``specific``."""
+
+    kind: Literal["latest", "all", "specific"] = "latest"
+    latest: int = 1
+    specific: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Everything that configuration files say of one model.
+
+    Attributes:
+        max_batch_size: None: derive from the graph; 0: the model has no batch axis; n: at most n rows a run.
+        instances: runs of this model that may happen at once; None takes the number of processors.
+        run_timeout_s: a run that takes longer is ended; None takes the gateway's.
+        raw: the configuration as the protocol's `config` route shows it, in Triton's JSON names.
+    """
+
+    platform: str = "onnxruntime_onnx"
+    max_batch_size: int | None = None
+    inputs: tuple[TensorConfig, ...] = ()
+    outputs: tuple[TensorConfig, ...] = ()
+    version_policy: VersionPolicy = field(default_factory=VersionPolicy)
+    batching: BatchPolicy = field(default_factory=BatchPolicy)
+    session: SessionOptions = field(default_factory=SessionOptions)
+    instances: int | None = None
+    warmup: tuple[Warmup, ...] = ()
+    run_timeout_s: float | None = None
+    parameters: dict[str, str] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)

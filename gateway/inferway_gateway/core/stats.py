@@ -1,0 +1,121 @@
+"""Counters as plain values. Written on the event loop only; read there too, so none needs a lock."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Final
+
+STAGES: Final = ("parse", "queue", "assemble", "run", "serialise")
+"""Stages of one inference request, in order. queue: submitted to taken; assemble: stacking, padding and splitting."""
+
+SECONDS_BOUNDS: Final = (
+    1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+ROWS_BOUNDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
+
+
+class Histogram:
+    """Counts per bucket, their sum and number. ``counts[i]`` are observations in ``(bounds[i-1], bounds[i]]``."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...] = SECONDS_BOUNDS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(slots=True)
+class Duration:
+    """How often something happened and how long it took in all, as the statistics extension wants it."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, seconds: float, times: int = 1) -> None:
+        self.count += times
+        self.ns += int(seconds * 1e9)
+
+
+@dataclass(slots=True)
+class BatchStat:
+    """Runs of one batch size."""
+
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
+
+
+@dataclass(slots=True)
+class ModelStats:
+    """All that is counted of one model version.
+
+    ``batches`` keys are rows per run. ``failures`` keys are contract codes. ``queued_*`` are gauges that the batcher
+    keeps; the rest only grows.
+    """
+
+    inference_count: int = 0
+    """Rows answered."""
+    execution_count: int = 0
+    """Runs."""
+    last_inference_ms: int = 0
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
+    batches: dict[int, BatchStat] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, Histogram] = field(default_factory=lambda: {stage: Histogram() for stage in STAGES})
+    request: Histogram = field(default_factory=Histogram)
+    batch_rows: Histogram = field(default_factory=lambda: Histogram(ROWS_BOUNDS))
+    queued_requests: int = 0
+    queued_rows: int = 0
+    queued_bytes: int = 0
+    running: int = 0
+    dropped_cancelled: int = 0
+    """Requests whose caller had gone before their run."""
+
+    def ran(self, rows: int, assemble_s: float, run_s: float, split_s: float) -> None:
+        """Count one run of ``rows`` rows. Called by the batcher, once a run."""
+        self.execution_count += 1
+        self.batch_rows.observe(rows)
+        stat = self.batches.get(rows)
+        if stat is None:
+            stat = self.batches[rows] = BatchStat()
+        stat.compute_input.add(assemble_s)
+        stat.compute_infer.add(run_s)
+        stat.compute_output.add(split_s)
+
+    def answered(self, rows: int, queue_s: float, assemble_s: float, run_s: float, split_s: float) -> None:
+        """Count one request that the batcher answered with outputs. Called by the batcher, once a request."""
+        self.inference_count += rows
+        self.queue.add(queue_s)
+        self.compute_input.add(assemble_s)
+        self.compute_infer.add(run_s)
+        self.compute_output.add(split_s)
+        stages = self.stages
+        stages["queue"].observe(queue_s)
+        stages["assemble"].observe(assemble_s + split_s)
+        stages["run"].observe(run_s)
+
+    def finished(self, total_s: float, code: str | None) -> None:
+        """Count one request as its answer leaves. ``code`` is None for success. Called at the edge, once a request."""
+        self.request.observe(total_s)
+        self.last_inference_ms = int(time.time() * 1000)
+        if code is None:
+            self.success.add(total_s)
+        else:
+            self.fail.add(total_s)
+            self.failures[code] = self.failures.get(code, 0) + 1

@@ -1,0 +1,1 @@
+"""The edge below HTTP semantics: connection limits, deadlines, drain."""

@@ -1,0 +1,1 @@
+"""What lasts: the model repository on disk, and the database of keys."""
