@@ -1,0 +1,1 @@
+"""How each set of models is made and checked: one module per family, on top of `graph`, `quantize` and `sources`."""
