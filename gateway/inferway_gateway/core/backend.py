@@ -16,7 +16,7 @@ RowExactness = Literal["exact", "padded", "inexact", "unbatched"]
 """How a row's result depends on the rows that run with it.
 
 exact: bit-equal alone and in any batch. padded: bit-equal in every batch of two and more, so a lone row is run with a
-copy of itself. inexact: it depends on its mates (dynamic quantisation does that). unbatched: the model has no batch axis.
+copy of itself. inexact: it depends on its mates (dynamic quantisation does that). unbatched: there is no batch axis.
 """
 
 
@@ -49,6 +49,8 @@ class Profile:
         inline_max_elements: a run whose inputs have at most that many elements was measured short enough to happen on
             the event loop; 0 where no run may.
         cost: run time by rows, ascending in rows; empty where it could not be measured.
+        cost_row_elements: elements of all inputs together, per row, with which ``cost`` was measured; 0 where not known.
+            It lets the curve be carried over to other lengths of a variable axis.
         trial: every candidate of the option trial with its time.
         execution_providers: in the order in which the session prefers them.
         note: in words, why the model is not batched or not inline.
@@ -58,6 +60,7 @@ class Profile:
     batchable: bool = False
     inline_max_elements: int = 0
     cost: tuple[CostPoint, ...] = ()
+    cost_row_elements: int = 0
     trial: tuple[TrialRow, ...] = ()
     execution_providers: tuple[str, ...] = ()
     load_s: float = 0.0
@@ -99,9 +102,7 @@ class Session(Protocol):
     @property
     def profile(self) -> Profile: ...
 
-    def run(
-        self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle | None = None
-    ) -> list[NDArray[Any]]:
+    def run(self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle | None = None) -> list[NDArray[Any]]:
         """Run the model once.
 
         Args:
