@@ -34,7 +34,10 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "FP64": np.dtype("<f8"),
     "BYTES": np.dtype(object),
 }
-"""Wire datatype to the numpy dtype that carries it. Source: Open Inference Protocol, "Tensor Data Types"; BF16: Triton."""
+"""Wire datatype to the numpy dtype that carries it.
+
+Source: Open Inference Protocol, "Tensor Data Types"; BF16 is Triton's addition.
+"""
 
 MAX_RANK: Final = 32
 """Dimensions a tensor may have: numpy's own bound is 64, ONNX models stay far below."""
@@ -135,9 +138,7 @@ class Signature:
                 )
             for want, got in zip(spec.shape, shape, strict=True):
                 if want != got and want != -1:
-                    raise InvalidTensorError(
-                        f"input '{name}' expects shape {_shape(spec.shape)}, got {_shape(shape)}"
-                    )
+                    raise InvalidTensorError(f"input '{name}' expects shape {_shape(spec.shape)}, got {_shape(shape)}")
             if batched:
                 if rows == -1:
                     rows = shape[0]

@@ -1,0 +1,395 @@
+"""Which model versions are in memory, in which state, and how they come and go.
+
+One lock per model orders its loads and unloads; a request never takes one. A version is swapped in with one assignment,
+after it is ready, and its predecessor drains after it is out of reach: so a request finds either the whole old or the
+whole new one. Loading happens on a thread of its own, one model at a time, so that what is measured at load is not
+disturbed by the next load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .backend import Artifact, Backend, Session
+from .batcher import Batcher
+from .errors import (
+    ConflictError,
+    GatewayError,
+    ModelLoadError,
+    ModelNotFoundError,
+    ModelNotReadyError,
+    VersionNotFoundError,
+)
+from .model_config import ModelConfig
+from .runners import RunnerPool
+from .stats import ModelStats
+
+logger = logging.getLogger("inferway.models")
+
+State = Literal["UNKNOWN", "READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
+ModelControl = Literal["none", "explicit", "poll"]
+
+
+class RepositoryModel(Protocol):
+    """One model of a repository, as far as the registry needs it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def versions(self) -> Mapping[int, Path]: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def fingerprint(self) -> Any: ...
+
+
+class Repository(Protocol):
+    """Model files on disk. Every method blocks."""
+
+    def scan(self) -> Mapping[str, RepositoryModel]: ...
+    def served_versions(self, model: Any, /) -> tuple[int, ...]: ...
+
+
+@dataclass(slots=True, eq=False)
+class ServedVersion:
+    """A model version that is loaded.
+
+    Attributes:
+        wire: whatever the HTTP side keeps beside the version, so that it goes with it.
+    """
+
+    name: str
+    version: int
+    config: ModelConfig
+    session: Session
+    batcher: Batcher
+    stats: ModelStats
+    wire: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One line of the repository index. ``version`` is empty where a model has none."""
+
+    name: str
+    version: str
+    state: State
+    reason: str
+
+
+@dataclass(slots=True)
+class _Model:
+    name: str
+    ready: dict[int, ServedVersion] = field(default_factory=dict)
+    states: dict[int, tuple[State, str]] = field(default_factory=dict)
+    latest: ServedVersion | None = None
+    problem: str | None = None
+    fingerprint: Any = None
+    wanted: bool = True
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Registry:
+    """Model name to versions to sessions.
+
+    Args:
+        repository: where the models are.
+        backend: opens them.
+        runners: the threads that they run on.
+        control: ``none`` and ``explicit`` as in the settings; ``poll`` follows the directory every ``poll_interval_s``.
+        run_timeout_s: the longest run of a model whose configuration says nothing.
+        drain_timeout_s: how long an unloaded version may still answer what it had taken.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        backend: Backend,
+        runners: RunnerPool,
+        *,
+        control: ModelControl = "none",
+        load_models: tuple[str, ...] = (),
+        poll_interval_s: float = 5.0,
+        run_timeout_s: float = 30.0,
+        drain_timeout_s: float = 30.0,
+        strict_readiness: bool = True,
+    ) -> None:
+        self._repository = repository
+        self._backend = backend
+        self._runners = runners
+        self._control = control
+        self._load_models = load_models
+        self._poll_interval_s = poll_interval_s
+        self._run_timeout_s = run_timeout_s
+        self._drain_timeout_s = drain_timeout_s
+        self._strict_readiness = strict_readiness
+        self._models: dict[str, _Model] = {}
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="inferway-load")
+        self._started = False
+        self._draining = False
+
+    # ------------------------------------------------------------------ what requests ask
+
+    def get(self, name: str, version: int | None = None) -> ServedVersion:
+        """The version that answers a request, the highest one where none is named.
+
+        Raises:
+            ModelNotFoundError, VersionNotFoundError: there is none such.
+            ModelNotReadyError: it exists and is not loaded.
+        """
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        if version is None:
+            if model.latest is not None:
+                return model.latest
+            raise ModelNotReadyError(f"Request for unready model: '{name}' {_why(model)}")
+        served = model.ready.get(version)
+        if served is not None:
+            return served
+        if version not in model.states:
+            raise VersionNotFoundError(f"Request for unknown model: '{name}' version {version} is not found")
+        state, reason = model.states[version]
+        raise ModelNotReadyError(
+            f"Request for unready model: '{name}' version {version} is {state.lower()}"
+            + (f", {reason}" if reason else "")
+        )
+
+    def versions(self, name: str) -> list[int]:
+        """The ready versions of a model, ascending; ``ModelNotFoundError`` where it does not exist."""
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        return sorted(model.ready)
+
+    def names(self) -> list[str]:
+        return sorted(self._models)
+
+    def served(self) -> Iterator[ServedVersion]:
+        """Every loaded version, by name and version."""
+        for name in sorted(self._models):
+            ready = self._models[name].ready
+            for version in sorted(ready):
+                yield ready[version]
+
+    def index(self) -> list[IndexEntry]:
+        """Every model of the repository with the state of each of its versions."""
+        entries = []
+        for name in sorted(self._models):
+            model = self._models[name]
+            if not model.states:
+                reason = model.problem or ("" if model.wanted else "unloaded")
+                entries.append(IndexEntry(name, "", "UNAVAILABLE" if reason else "UNKNOWN", reason))
+            entries += [IndexEntry(name, str(v), *model.states[v]) for v in sorted(model.states)]
+        return entries
+
+    @property
+    def ready(self) -> bool:
+        """Whether traffic should be sent here: started, not draining, and every wanted model is ready."""
+        if not self._started or self._draining:
+            return False
+        if not self._strict_readiness:
+            return True
+        return all(
+            not m.wanted or (m.problem is None and m.states and all(s == "READY" for s, _ in m.states.values()))
+            for m in self._models.values()
+        )
+
+    @property
+    def explicit(self) -> bool:
+        return self._control == "explicit"
+
+    # ------------------------------------------------------------------ life
+
+    async def run(self) -> None:
+        """Load what is to be there from the start, then follow the directory where that is wanted. Ends when it is
+        cancelled, or, without polling, when the first load is done."""
+        await self._sync(self._load_models if self._control == "explicit" else None, first=True)
+        self._started = True
+        total = sum(len(m.ready) for m in self._models.values())
+        logger.info("%d model versions are ready", total)
+        while self._control == "poll":
+            await asyncio.sleep(self._poll_interval_s)
+            try:
+                await self._sync(None)
+            except OSError as error:
+                logger.warning("could not read the model repository: %s", error.strerror)
+
+    async def load(self, name: str) -> None:
+        """Load or reload a model by an operator's word; the old versions serve until the new ones are ready.
+
+        Raises:
+            ConflictError: the gateway does not take such words.
+            ModelLoadError: with ``failed to load '<name>'`` and why; what served before serves on.
+        """
+        self._check_explicit()
+        found = (await self._in_loader(self._repository.scan)).get(name)
+        if found is None:
+            raise ModelLoadError(f"failed to load '{name}': no such model in the repository")
+        model = self._models.setdefault(name, _Model(name))
+        model.wanted = True
+        await self._apply(model, found)
+        broken = [(v, reason) for v, (state, reason) in sorted(model.states.items()) if state == "UNAVAILABLE"]
+        if model.problem is not None:
+            raise ModelLoadError(model.problem)
+        if broken:
+            raise ModelLoadError(broken[-1][1])
+
+    async def unload(self, name: str) -> None:
+        """Take a model out of service at once; what it has in flight is answered. Idempotent.
+
+        Raises:
+            ConflictError: the gateway does not take such words.
+            ModelNotFoundError: no such model.
+        """
+        self._check_explicit()
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFoundError(f"failed to unload '{name}': no such model")
+        model.wanted = False
+        async with model.lock:
+            await self._retire_all(model, "unloaded")
+
+    def begin_drain(self) -> None:
+        """From now on not ready, so that balancers look elsewhere; requests are still answered."""
+        self._draining = True
+
+    async def close(self) -> None:
+        """Unload everything. Waits for what is in flight, ``drain_timeout_s`` at most."""
+        self._draining = True
+        await asyncio.gather(*(self._retire_all(m, "shutting down") for m in self._models.values()))
+        self._loader.shutdown(wait=True)
+
+    # ------------------------------------------------------------------ how
+
+    def _check_explicit(self) -> None:
+        if self._control == "poll":
+            raise ConflictError("explicit model load / unload is not allowed if polling is enabled")
+        if self._control == "none":
+            raise ConflictError("explicit model load / unload is not allowed, expected model control mode 'explicit'")
+
+    async def _in_loader(self, call: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, call, *args)
+
+    async def _sync(self, only: tuple[str, ...] | None, *, first: bool = False) -> None:
+        """Bring what is loaded in line with the repository."""
+        found: Mapping[str, RepositoryModel] = await self._in_loader(self._repository.scan)
+        if first:
+            for name in sorted(found):
+                self._models[name] = _Model(name, wanted=only is None or name in only)
+            for name in only or ():
+                if name not in found:
+                    logger.error("asked to load '%s' at start: no such model in the repository", name)
+        for name in sorted(found):
+            model = self._models.setdefault(name, _Model(name))
+            if model.wanted and (first or model.fingerprint != found[name].fingerprint):
+                await self._apply(model, found[name])
+        for name in [n for n in self._models if n not in found]:
+            model = self._models[name]
+            async with model.lock:
+                await self._retire_all(model, "removed from the repository")
+            del self._models[name]
+
+    async def _apply(self, model: _Model, found: RepositoryModel) -> None:
+        """Load every version that is to be served, then retire those that are not."""
+        async with model.lock:
+            model.fingerprint = found.fingerprint
+            if found.error is not None:
+                model.problem = _load_message(model.name, None, found.error)
+                logger.error("%s", model.problem)
+                return
+            model.problem = None
+            wanted = self._repository.served_versions(found)
+            if not wanted:
+                model.problem = _load_message(model.name, None, "no version to serve")
+                logger.error("%s", model.problem)
+            for version in wanted:
+                if version not in model.ready:
+                    model.states[version] = ("LOADING", "")
+            for version in wanted:
+                await self._load_version(model, found, version)
+            for version in [v for v in model.states if v not in wanted]:
+                await self._retire(model, version)
+                model.states.pop(version, None)
+
+    async def _load_version(self, model: _Model, found: RepositoryModel, version: int) -> None:
+        artifact = Artifact(model.name, version, found.versions[version], found.config)
+        try:
+            session: Session = await self._in_loader(self._backend.open, artifact)
+        except Exception as error:
+            if isinstance(error, GatewayError):
+                reason = error.message
+            else:
+                logger.exception("loading '%s' version %d failed unexpectedly", model.name, version)
+                reason = _load_message(model.name, version, "internal error, see the gateway's log")
+            logger.error("%s", reason)
+            if version not in model.ready:
+                model.states[version] = ("UNAVAILABLE", reason)
+            else:  # a failed reload: the old one serves on, and says so
+                model.states[version] = ("READY", f"last reload failed: {reason}")
+            return
+        old = model.ready.get(version)
+        stats = old.stats if old is not None else ModelStats()
+        batcher = Batcher(
+            session,
+            found.config,
+            stats,
+            self._runners,
+            run_timeout_s=found.config.run_timeout_s or self._run_timeout_s,
+        )
+        served = ServedVersion(model.name, version, found.config, session, batcher, stats)
+        model.ready[version] = served
+        model.states[version] = ("READY", "")
+        model.latest = model.ready[max(model.ready)]
+        profile = session.profile
+        logger.info(
+            "'%s' version %d is ready in %.2f s (%s, %s)",
+            model.name,
+            version,
+            profile.load_s,
+            profile.row_exactness,
+            "inline" if profile.inline_max_elements else "on runner threads",
+        )
+        if old is not None:
+            await self._dispose(old)
+
+    async def _retire(self, model: _Model, version: int) -> None:
+        served = model.ready.pop(version, None)
+        model.latest = model.ready[max(model.ready)] if model.ready else None
+        if served is not None:
+            model.states[version] = ("UNLOADING", "")
+            await self._dispose(served)
+
+    async def _retire_all(self, model: _Model, reason: str) -> None:
+        for version in list(model.states):
+            await self._retire(model, version)
+            model.states[version] = ("UNAVAILABLE", reason)
+
+    async def _dispose(self, served: ServedVersion) -> None:
+        given_up = await served.batcher.drain(self._drain_timeout_s)
+        if given_up:
+            logger.warning("gave up on %d requests of '%s' version %d", given_up, served.name, served.version)
+        await served.batcher.close()
+        await self._in_loader(served.session.close)
+        logger.info("'%s' version %d is unloaded", served.name, served.version)
+
+
+def _why(model: _Model) -> str:
+    if model.problem:
+        return f"has no ready version: {model.problem}"
+    if not model.wanted:
+        return "is unloaded"
+    reasons = [f"version {v} is {s.lower()}" + (f", {r}" if r else "") for v, (s, r) in sorted(model.states.items())]
+    return "has no ready version" + (": " + "; ".join(reasons) if reasons else "")
+
+
+def _load_message(name: str, version: int | None, reason: str) -> str:
+    return f"failed to load '{name}'" + (f" version {version}" if version is not None else "") + f": {reason}"

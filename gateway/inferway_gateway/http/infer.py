@@ -1,0 +1,212 @@
+"""The inference route: bytes in, one call of the core, bytes out.
+
+Everything on this path is counted in microseconds, since a small model runs in six of them: headers are read once, no
+object is built that is not needed, and a run that is short enough happens right here on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, Final
+
+from starlette.types import Receive, Scope, Send
+
+from ..core.batcher import Answer, Batcher, InferenceRequest
+from ..core.errors import (
+    CancelledByCallerError,
+    DeadlineExceededError,
+    GatewayError,
+    InvalidParameterError,
+    MalformedRequestError,
+    ModelNotFoundError,
+)
+from ..core.keys import Principal
+from ..core.registry import ServedVersion
+from .bodies import accepted_encoding, deflate, inflate, read_body
+from .codec import SignatureCodec
+
+DISCONNECT_EXTENSION: Final = "inferway.disconnect"
+"""Name of the ASGI extension by which our own server tells that a caller went away: a callable that takes a callback
+and returns the one that takes it back. Other servers tell it through ``receive``."""
+
+_JOIN_BELOW_BYTES: Final = 64 * 1024
+_JSON: Final = (b"content-type", b"application/json")
+_BINARY: Final = (b"content-type", b"application/octet-stream")
+
+
+async def infer(
+    scope: Scope, receive: Receive, send: Send, *, name: str, version: int | None, principal: Principal, started: float
+) -> int:
+    """Answer one inference request.
+
+    Args:
+        name, version: from the path.
+        principal: who asks; already allowed to infer.
+        started: when the request came, on ``perf_counter``.
+    Returns:
+        The number of bytes of the answer's body.
+    Raises:
+        GatewayError: nothing was sent yet. What the model version counts is counted.
+    """
+    state = scope["state"]
+    if not principal.sees(name):
+        raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+    served: ServedVersion = state["registry"].get(name, version)
+    try:
+        size = await _infer(scope, receive, send, state["settings"], served, started)
+    except GatewayError as error:
+        served.stats.finished(perf_counter() - started, error.code)
+        raise
+    served.stats.finished(perf_counter() - started, None)
+    return size
+
+
+async def _infer(
+    scope: Scope, receive: Receive, send: Send, settings: Any, served: ServedVersion, started: float
+) -> int:
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length")
+    head = headers.get(b"inference-header-content-length")
+    header_length = None if head is None else _header_length(head)
+    body = await read_body(
+        receive, None if length is None else int(length), settings.body_limit_bytes, header_length or 0
+    )
+    received = perf_counter()
+    encoding = headers.get(b"content-encoding")
+    if encoding is not None:
+        body = await inflate(body, encoding, settings.body_limit_bytes)
+    codec: SignatureCodec | None = served.wire
+    if codec is None:
+        codec = served.wire = SignatureCodec(served.name, str(served.version), served.session.signature)
+    decoded = codec.decode(body, header_length, settings.json_limit_bytes)
+    rows = codec.signature.check(decoded.inputs)
+    timeout = headers.get(b"inferway-timeout-ms")
+    deadline = None
+    if timeout is not None:
+        # Counted from the moment the request came: reading its body is part of what the caller waits for.
+        left = _timeout_s(timeout) - (perf_counter() - started)
+        if left <= 0:
+            raise DeadlineExceededError("the time granted by Inferway-Timeout-Ms passed before the run")
+        deadline = asyncio.get_running_loop().time() + left
+    request = InferenceRequest(
+        decoded.inputs, decoded.outputs, rows, decoded.nbytes, decoded.priority, deadline, decoded.timeout_s
+    )
+    parsed = perf_counter()
+    batcher = served.batcher
+    answer = batcher.run_inline(request)
+    if answer is None:
+        answer = await _queued(scope, receive, batcher, request)
+    ran = perf_counter()
+    parts, json_length = codec.encode(decoded, answer.outputs)
+    size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+    out = [_JSON if json_length is None else _BINARY]
+    accept = headers.get(b"accept-encoding")
+    if accept is not None:
+        coding = accepted_encoding(accept, size, binary=json_length is not None)
+        if coding is not None:
+            packed = await deflate(parts, coding)
+            parts, size = [packed], len(packed)
+            out.append((b"content-encoding", coding))
+        out.append((b"vary", b"accept-encoding"))
+    if json_length is not None:
+        out.append((b"inference-header-content-length", b"%d" % json_length))
+    encoded = perf_counter()
+    stages = served.stats.stages
+    stages["parse"].observe(parsed - received)
+    stages["serialise"].observe(encoded - ran)
+    out += (
+        (b"content-length", b"%d" % size),
+        (b"x-request-id", scope["request_id"]),
+        (
+            b"server-timing",
+            b"parse;dur=%.3f, queue;dur=%.3f, assemble;dur=%.3f, run;dur=%.3f, serialise;dur=%.3f"
+            % (
+                1e3 * (parsed - received),
+                1e3 * answer.queue_s,
+                1e3 * (answer.assemble_s + answer.split_s),
+                1e3 * answer.run_s,
+                1e3 * (encoded - ran),
+            ),
+        ),
+        *scope["response_headers"],
+    )
+    await send({"type": "http.response.start", "status": 200, "headers": out})
+    if len(parts) == 1:
+        await send({"type": "http.response.body", "body": parts[0]})
+    elif size <= _JOIN_BELOW_BYTES:
+        await send({"type": "http.response.body", "body": b"".join(parts)})
+    else:
+        for part in parts[:-1]:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": parts[-1]})
+    return size
+
+
+async def _queued(scope: Scope, receive: Receive, batcher: Batcher, request: InferenceRequest) -> Answer:
+    """Wait for a batched run, and give the place up when the caller goes away."""
+    register: Callable[[Callable[[], None]], Callable[[], None]] | None
+    register = (scope.get("extensions") or {}).get(DISCONNECT_EXTENSION)
+    if register is None:
+        return await _watched(receive, batcher, request)
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - an ASGI application always runs in a task
+    gone = False
+
+    def leave() -> None:
+        nonlocal gone
+        gone = True
+        task.cancel()
+
+    unregister = register(leave)
+    try:
+        return await batcher.infer(request)
+    except asyncio.CancelledError:
+        if not gone or task.uncancel():
+            raise
+        raise CancelledByCallerError("the caller went away before its answer was there") from None
+    finally:
+        unregister()
+
+
+async def _watched(receive: Receive, batcher: Batcher, request: InferenceRequest) -> Answer:
+    """The same under a server that tells of a disconnect only to those who wait for it."""
+    work = asyncio.ensure_future(batcher.infer(request))
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()
+            await asyncio.wait((work,))
+        if work.cancelled():
+            raise CancelledByCallerError("the caller went away before its answer was there")
+        return work.result()
+    finally:
+        for task in (work, watch):
+            task.cancel()
+        await asyncio.wait((work, watch))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _header_length(value: bytes) -> int:
+    if value.isdigit() and len(value) <= 10:
+        length = int(value)
+        if length < 2**31:
+            return length
+    raise MalformedRequestError(
+        "expected Inference-Header-Content-Length as a number of bytes below 2147483648, "
+        f"got '{value[:40].decode('latin-1')}'"
+    )
+
+
+def _timeout_s(value: bytes) -> float:
+    if value.isdigit() and len(value) <= 12:
+        return int(value) / 1e3
+    raise InvalidParameterError(
+        f"expected Inferway-Timeout-Ms as a whole number of milliseconds, got '{value[:40].decode('latin-1')}'"
+    )

@@ -1,0 +1,138 @@
+"""Routes that know who may use them, and the one place where that is decided.
+
+Authorisation is bound to the route object: a route without an answer to "who may?" cannot be built, and nothing reads
+the URL again to decide. Every route of the gateway is an ``ApiRoute``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final
+
+from starlette.routing import Match, Route
+from starlette.types import Receive, Scope, Send
+
+from ..core.errors import GatewayError, ModelNotFoundError, PermissionDeniedError, UnauthenticatedError
+from ..core.keys import ANONYMOUS, Authenticator, Principal
+
+Endpoint = Callable[..., Awaitable[Any]]
+ANY_KEY: Final[frozenset[str]] = frozenset()
+"""Accepted scopes of a route that takes any valid key."""
+
+
+class MethodNotAllowedError(GatewayError):
+    """The path exists and does not take the method."""
+
+    code = "method_not_allowed"
+
+    def __init__(self, method: str, allowed: Iterable[str]) -> None:
+        self.allowed = ", ".join(sorted(allowed))
+        super().__init__(f"Method Not Allowed: expected {self.allowed}, got {method}")
+
+
+class ApiRoute(Route):
+    """A route and the scopes that open it.
+
+    Args:
+        scopes: any one of these opens it; empty takes any valid key.
+        public: no key is asked for.
+        basic: the key may also come as the password of HTTP Basic, for pages that a browser opens.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        endpoint: Endpoint,
+        method: str,
+        *,
+        scopes: frozenset[str] = ANY_KEY,
+        public: bool = False,
+        basic: bool = False,
+    ) -> None:
+        super().__init__(path, endpoint, methods=[method])
+        self.methods: set[str] = {method}  # Starlette adds HEAD to GET; the contract lists what there is
+        self.scopes = scopes
+        self.public = public
+        self.basic = basic
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["route"] = self
+        if scope["method"] not in self.methods:
+            allowed = {
+                method
+                for route in scope["app"].routes
+                if route.matches(scope)[0] is not Match.NONE
+                for method in route.methods
+            }
+            raise MethodNotAllowedError(scope["method"], allowed)
+        state = scope["state"]
+        scope["principal"] = principal = await authorise(
+            state["authenticator"], scope["headers"], self.scopes, public=self.public, basic=self.basic
+        )
+        name = scope["path_params"].get("model")
+        if name is not None and principal is not None and not principal.sees(name):
+            # The same words as for a model that does not exist, so that a key learns nothing of other people's.
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        await self.app(scope, receive, send)
+
+
+async def authorise(
+    authenticator: Authenticator | None,
+    headers: Iterable[tuple[bytes, bytes]],
+    accepted: frozenset[str],
+    *,
+    public: bool = False,
+    basic: bool = False,
+) -> Principal | None:
+    """Who the request acts for.
+
+    Args:
+        authenticator: None where the gateway runs without authentication.
+        accepted: scopes, any one of which is enough; empty takes any valid key.
+    Returns:
+        The principal; None on a public route.
+    Raises:
+        UnauthenticatedError: no key or no good one, never saying which.
+        PermissionDeniedError: a good key without any of the scopes.
+        StoreUnavailableError: the key could not be looked up.
+    """
+    if public:
+        return None
+    if authenticator is None:
+        return ANONYMOUS
+    presented = credentials(headers, basic=basic)
+    if presented is None:
+        raise UnauthenticatedError("expected an API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+    principal = authenticator.authenticate_cached(presented)
+    if principal is None:
+        principal = await authenticator.authenticate(presented)
+    if not principal.may(accepted):
+        raise permission_denied(principal, accepted)
+    return principal
+
+
+def permission_denied(principal: Principal, accepted: frozenset[str]) -> PermissionDeniedError:
+    wanted = " or ".join(f"'{s}'" for s in sorted(accepted | {"admin"}))
+    have = ", ".join(f"'{s}'" for s in sorted(principal.scopes)) or "none"
+    return PermissionDeniedError(f"expected a key with scope {wanted}, this one has {have}")
+
+
+def credentials(headers: Iterable[tuple[bytes, bytes]], *, basic: bool = False) -> bytes | None:
+    """The key that a request presents; None where there is none. ``Authorization`` goes before ``X-API-Key``."""
+    api_key = None
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, rest = value.partition(b" ")
+            scheme = scheme.lower()
+            if scheme == b"bearer":
+                return rest.strip()
+            if basic and scheme == b"basic":
+                try:
+                    return base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
+                except (binascii.Error, ValueError):
+                    return None
+        elif name == b"x-api-key":
+            api_key = value.strip()
+    return api_key

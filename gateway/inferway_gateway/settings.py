@@ -1,0 +1,123 @@
+"""Every setting of the gateway, with unit, default and reason. The only reader of the environment.
+
+Each field is set by an argument of the command line or by ``INFERWAY_<FIELD>`` in the environment; the argument wins.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def default_state_dir() -> Path:
+    """``$XDG_STATE_HOME/inferway``, by default below ``~/.local/state``."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "inferway"
+
+
+class Settings(BaseSettings):
+    """The gateway's settings, frozen and validated before anything opens."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="INFERWAY_", frozen=True, extra="forbid", env_ignore_empty=True, use_attribute_docstrings=True
+    )
+
+    model_dir: Path | None = None
+    """The model repository: one directory a model, in the layout ``NAME/VERSION/model.onnx``."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback needs at least one API key, or ``insecure``."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """TCP port to listen on; 0 takes a free one."""
+    server_name: str = Field(default="inferway", min_length=1, max_length=128)
+    """What the server's metadata gives as its name."""
+    auth: bool = True
+    """Ask for an API key on every route but live and ready."""
+    insecure: bool = False
+    """Allow to listen beyond loopback without keys. Said again in the log at each start."""
+
+    state_dir: Path = Field(default_factory=default_state_dir)
+    """Directory of the SQLite database and the pepper file, mode 0700."""
+    database_url: SecretStr | None = None
+    """SQLAlchemy URL of the database; by default the SQLite file ``inferway.db`` in ``state_dir``."""
+    key_pepper: SecretStr | None = None
+    """Secret, at least 32 bytes in hex or base64, that the hashes of keys are made with; by default the file ``pepper``
+    in ``state_dir``, made at first use. Several gateways on one database need the same one."""
+    key_cache_ttl_s: PositiveFloat = 1.0
+    """Seconds for which a checked key is trusted without asking the database again, which is how long a revoked key may
+    go on working in another process."""
+
+    model_control: Literal["none", "explicit", "poll"] = "none"
+    """none: load all models at start; explicit: load and unload on request only; poll: follow the directory."""
+    load_models: Annotated[tuple[str, ...], NoDecode] = ()
+    """With ``model_control=explicit``: models to load at start."""
+    poll_interval_s: PositiveFloat = 5.0
+    """Seconds between two looks at the directory with ``model_control=poll``."""
+    strict_readiness: bool = True
+    """Ready means that every model of the repository is ready, as the protocol has it; else that the server is."""
+    trial: bool = True
+    """Try several ONNX Runtime options on each model at load and keep the fastest."""
+    load_budget_s: PositiveFloat = 2.0
+    """Seconds that the trial and the measurements of one model's load may take together, beyond loading itself."""
+
+    providers: Annotated[tuple[str, ...], NoDecode] = ("CPUExecutionProvider",)
+    """ONNX Runtime execution providers in order of preference."""
+    cpus: PositiveInt | None = None
+    """Runner threads; by default as many as the processors this process may use."""
+    inline_threshold_s: float = Field(default=100e-6, ge=0)
+    """Runs measured shorter than this happen on the event loop, for a hop to a thread costs as much. 0: none does."""
+    run_timeout_s: PositiveFloat = 30.0
+    """Seconds after which a run is ended."""
+
+    body_limit_bytes: PositiveInt = 128 * 1024 * 1024
+    """The largest body, before and after decompression."""
+    json_limit_bytes: PositiveInt = 8 * 1024 * 1024
+    """The largest JSON body, and JSON part of a binary one. Larger tensors travel as binary data."""
+    header_limit_bytes: PositiveInt = 16 * 1024
+    """The most bytes of a request's line and headers."""
+    header_limit_count: PositiveInt = 100
+    """The most headers of a request."""
+    header_timeout_s: PositiveFloat = 10.0
+    """Seconds from the first byte of a request to the end of its headers."""
+    body_timeout_s: PositiveFloat = 30.0
+    """Seconds for a body to arrive, to which come those that its size takes at ``body_min_rate``."""
+    body_min_rate: PositiveInt = 64 * 1024
+    """Bytes per second that a slow body must at least arrive with."""
+    max_connections: PositiveInt = 4096
+    """Open connections; beyond it the oldest one with an incomplete request is closed."""
+    keep_alive_s: PositiveFloat = 75.0
+    """Seconds for which an idle connection stays open."""
+    drain_delay_s: float = Field(default=1.0, ge=0)
+    """Seconds for which a gateway that was told to stop goes on accepting, while it already says not ready."""
+    drain_timeout_s: PositiveFloat = 30.0
+    """Seconds that requests in flight have to end after that."""
+
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """auto: text on a terminal, JSON elsewhere."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe record that is written."""
+    access_log: bool = False
+    """Write a record for each request. It costs some 20 µs of CPU each."""
+
+    @field_validator("load_models", "providers", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    def database(self) -> str:
+        """The database URL, with its password where it has one."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.state_dir / 'inferway.db'}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether ``host`` is reached from this machine alone."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
