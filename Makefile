@@ -1,0 +1,58 @@
+# Two commands: `make demo` shows a real model answer, `make test` checks everything. Both set up what they need.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DEFAULT_GOAL := help
+
+# The first of these that is there and new enough; `make PYTHON=/path/to/python3.12 demo` takes another one.
+PYTHON := $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+BIN := .venv/bin
+WORKERS ?= 2
+# The models that tests open; the others are made by `make models`.
+TEST_MODELS := digits,minilm,minilm-int8,minilm-w8,resnet50,faults,packaged
+SOURCES := sdk gateway openapi examples deploy tests
+
+.PHONY: help demo serve test lint unit models bench clean env-demo env-test docs
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name about; do \
+		printf '  make %-8s %s\n' "$$name" "$$about"; done
+
+demo: env-demo ## See real models answer: sets up, starts a gateway, calls it, stops
+	@$(BIN)/python examples/demo.py
+
+serve: env-demo ## The same, and leave the gateway running until Ctrl+C
+	@$(BIN)/python examples/demo.py --serve
+
+test: env-test lint unit ## Check everything: linters, types and all tests, with branch coverage
+
+lint: env-test ## Check style and types only
+	@$(BIN)/ruff check --quiet $(SOURCES)
+	@$(BIN)/ruff format --quiet --check $(SOURCES)
+	@$(BIN)/mypy
+	@MYPYPATH=examples/models $(BIN)/mypy deploy/*.py examples/*.py examples/models/make_models.py
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+unit: env-test ## Run the tests only; ARGS="tests/sdk -k retry" picks some
+	@$(BIN)/python examples/models/make_models.py --quiet --only $(TEST_MODELS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report term:skip-covered $(ARGS)
+
+models: env-test ## Make all the models of examples/models, 1.2 GB, in .cache
+	@$(BIN)/python examples/models/make_models.py --all
+
+bench: env-test ## Measure speed against other servers
+	@$(BIN)/python -m tests.bench
+
+docs: env-test ## Write the parts of docs/ that come from the code
+	@$(BIN)/python tests/test_docs.py --write
+
+clean: ## Remove the environment, caches, models and what the demo keeps
+	rm -rf .venv .cache .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# Quick when nothing changed: 0.1 s.
+env-demo env-test:
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer is needed; on Debian or Ubuntu: apt install python3" >&2; exit 1; fi
+	@$(PYTHON) deploy/environment.py $(@:env-%=%)
