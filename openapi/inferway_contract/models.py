@@ -1,0 +1,428 @@
+"""The bodies of the contract as pydantic models.
+
+Three attitudes towards members that a model does not name: bodies that our own routes under ``/api`` receive refuse
+them (`Strict`), because a misspelt ``expires_in`` must not make a key that lives for ever; bodies of the Open Inference
+Protocol ignore them, as the protocol says (`Lenient`); answers keep them (`Answer`), so that a client may be older than
+its gateway. None of them is meant for the hot path: tensors' elements are plain Python values or raw bytes.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from .names import (
+    BODY_LIMIT_BYTES,
+    KEY_ADMIN_EXPIRES_IN_S,
+    KEY_CURSOR_MAX_LENGTH,
+    KEY_DEFAULT_OVERLAP_S,
+    KEY_LIST_MAX_LIMIT,
+    KEY_MAX_EXPIRES_IN_S,
+    KEY_MAX_OVERLAP_S,
+    KEY_MODELS_MAX_ITEMS,
+    KEY_NAME_MAX_LENGTH,
+    MAX_DIM,
+    MAX_RANK,
+    Datatype,
+    Environment,
+    ModelState,
+    RowExactness,
+    Scope,
+)
+
+
+class Strict(BaseModel):
+    """A body that our own routes receive: an unknown member is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lenient(BaseModel):
+    """A body of the Open Inference Protocol that the gateway receives: unknown members are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Answer(BaseModel):
+    """A body that the gateway sends: unknown members are kept, in ``model_extra``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+
+def _distinct(scopes: list[Scope]) -> list[Scope]:
+    if len(set(scopes)) != len(scopes):
+        raise ValueError("expected each scope at most once")
+    return scopes
+
+
+ModelName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+VersionText: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+$")]
+RequestId: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+TensorName: TypeAlias = Annotated[str, Field(min_length=1)]
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+Uint64: TypeAlias = Annotated[StrictInt, Field(ge=0, le=2**64 - 1)]
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+class Error(Answer):
+    """The error body of every path outside ``/api``. ``code`` stays text: a newer gateway may have more codes."""
+
+    error: str = Field(min_length=1)
+    code: str
+    request_id: RequestId
+
+
+class Problem(Answer):
+    """The error body under ``/api``. Source: RFC 9457."""
+
+    type: Annotated[str, Field(pattern=r"^urn:inferway:error:[a-z_]+$")]
+    title: str = Field(min_length=1)
+    status: int = Field(ge=400, le=599)
+    detail: str = Field(min_length=1)
+    code: str
+    request_id: RequestId
+
+
+# --- server and models -------------------------------------------------------------------------------------------
+
+
+class ServerLive(Answer):
+    live: Literal[True] = True
+
+
+class ServerReady(Answer):
+    """``live`` stands beside ``ready`` because the protocol's text names the one and its schema the other."""
+
+    live: Literal[True] = True
+    ready: bool
+
+
+class ServerMetadata(Answer):
+    name: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    extensions: list[str]
+
+
+class ModelList(Answer):
+    models: list[ModelName]
+
+
+class ModelReady(Answer):
+    name: ModelName
+    ready: bool
+
+
+class TensorMetadata(Answer):
+    """An input or output of a signature; in ``shape`` -1 is a variable dimension."""
+
+    name: TensorName
+    datatype: Datatype
+    shape: Annotated[list[Annotated[int, Field(ge=-1)]], Field(max_length=MAX_RANK)]
+    optional: bool = False
+
+
+class ModelMetadata(Answer):
+    """A signature. ``properties`` always has ``row_exact`` ("true" or "false") and ``row_exactness``."""
+
+    name: ModelName
+    versions: list[VersionText]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+    properties: dict[str, str]
+
+
+class ModelConfigTensor(Answer):
+    name: TensorName
+    data_type: str
+    dims: list[int]
+    reshape: dict[str, list[int]] | None = None
+    label_filename: str = ""
+    optional: bool = False
+
+
+class CostPoint(Answer):
+    rows: int = Field(ge=1)
+    seconds: float = Field(ge=0)
+
+
+class TrialRow(Answer):
+    options: str
+    rows: int = Field(ge=1)
+    seconds: float = Field(ge=0)
+    chosen: bool
+    note: str
+
+
+class ModelProfile(Answer):
+    """What was measured of a version when it was loaded."""
+
+    row_exactness: RowExactness
+    batchable: bool
+    inline_max_elements: Count
+    cost: list[CostPoint]
+    trial: list[TrialRow]
+    execution_providers: list[str]
+    load_s: float = Field(ge=0)
+    note: str
+
+
+class ModelConfigInferway(Answer):
+    profile: ModelProfile
+    batching: dict[str, Any]
+
+
+class ModelConfig(Answer):
+    """Triton's ModelConfig in JSON, as far as this gateway acts on it, and the member ``inferway``."""
+
+    name: ModelName
+    platform: str
+    backend: str = ""
+    default_model_filename: str = ""
+    max_batch_size: Count
+    version_policy: dict[str, Any]
+    input: list[ModelConfigTensor]
+    output: list[ModelConfigTensor]
+    instance_group: list[dict[str, Any]]
+    dynamic_batching: dict[str, Any] | None = None
+    model_warmup: list[dict[str, Any]] = []
+    parameters: dict[str, dict[str, Any]] = {}
+    inferway: ModelConfigInferway
+
+
+# --- statistics --------------------------------------------------------------------------------------------------
+
+
+class Duration(Answer):
+    """How often something happened, and how many nanoseconds it took in all."""
+
+    count: Count = 0
+    ns: Count = 0
+
+
+class InferenceStats(Answer):
+    success: Duration
+    fail: Duration
+    queue: Duration
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+    cache_hit: Duration
+    cache_miss: Duration
+
+
+class BatchStats(Answer):
+    batch_size: int = Field(ge=1)
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+
+
+class MemoryUsage(Answer):
+    type: str
+    id: Count
+    byte_size: Count
+
+
+class ModelStat(Answer):
+    """``last_inference`` is milliseconds since the epoch, 0 for never; ``inference_count`` counts rows."""
+
+    name: ModelName
+    version: VersionText
+    last_inference: Count
+    inference_count: Count
+    execution_count: Count
+    inference_stats: InferenceStats
+    response_stats: dict[str, Any]
+    batch_stats: list[BatchStats]
+    memory_usage: list[MemoryUsage]
+
+
+class ModelStats(Answer):
+    model_stats: list[ModelStat]
+
+
+# --- repository --------------------------------------------------------------------------------------------------
+
+
+class RepositoryIndexRequest(Lenient):
+    ready: StrictBool = False
+
+
+class RepositoryIndexEntry(Answer):
+    """``version`` is None where no version was ever loaded."""
+
+    name: ModelName
+    version: VersionText | None = None
+    state: ModelState
+    reason: str
+
+
+class LoadRequest(Lenient):
+    """``parameters`` may hold ``config`` (a ModelConfig in JSON, as text) and ``file:VERSION/NAME`` (base64)."""
+
+    parameters: dict[str, Any] = {}
+
+
+class LoadResult(Answer):
+    name: ModelName
+    load: Literal[True] = True
+
+
+class UnloadRequest(Lenient):
+    """``parameters`` may hold ``unload_dependents``, which has no effect."""
+
+    parameters: dict[str, Any] = {}
+
+
+class UnloadResult(Answer):
+    name: ModelName
+    unload: Literal[True] = True
+
+
+# --- inference ---------------------------------------------------------------------------------------------------
+
+ParameterValue: TypeAlias = StrictBool | StrictInt | StrictFloat | StrictStr
+
+
+class _WithParameters(Lenient):
+    """Parameters keep the members that are not named; their values are text, numbers or booleans."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, ParameterValue]
+
+
+class InputParameters(_WithParameters):
+    binary_data_size: Annotated[StrictInt, Field(ge=0, le=BODY_LIMIT_BYTES)] | None = None
+
+
+class OutputParameters(_WithParameters):
+    binary_data: StrictBool = False
+    classification: Annotated[StrictInt, Field(ge=1)] | None = None
+
+
+class RequestParameters(_WithParameters):
+    """``timeout`` is microseconds in the queue; ``priority`` 1 is first, 0 the model's default."""
+
+    priority: Uint64 = 0
+    timeout: Uint64 = 0
+    binary_data_output: StrictBool = False
+
+
+Shape: TypeAlias = Annotated[list[Annotated[StrictInt, Field(ge=0, le=MAX_DIM)]], Field(max_length=MAX_RANK)]
+
+
+class InputTensor(Lenient):
+    """Exactly one of ``data`` and ``parameters.binary_data_size`` is there."""
+
+    name: TensorName
+    datatype: Datatype
+    shape: Shape
+    parameters: InputParameters | None = None
+    data: list[Any] | None = None
+
+
+class RequestedOutput(Lenient):
+    name: TensorName
+    parameters: OutputParameters | None = None
+
+
+class InferenceRequest(Lenient):
+    """The JSON part of an inference request."""
+
+    id: StrictStr | None = None
+    parameters: RequestParameters | None = None
+    inputs: list[InputTensor]
+    outputs: list[RequestedOutput] | None = None
+
+
+class OutputTensor(Answer):
+    """Either ``data`` or ``parameters["binary_data_size"]`` is there; ``data`` is flat, in row-major order."""
+
+    name: TensorName
+    datatype: Datatype
+    shape: Shape
+    parameters: dict[str, ParameterValue] | None = None
+    data: list[Any] | None = None
+
+
+class InferenceResponse(Answer):
+    """The JSON part of an inference response."""
+
+    model_name: ModelName
+    model_version: VersionText
+    id: str | None = None
+    parameters: dict[str, ParameterValue] | None = None
+    outputs: list[OutputTensor]
+
+
+# --- keys --------------------------------------------------------------------------------------------------------
+
+KeyId: TypeAlias = Annotated[str, Field(pattern=r"^[0-9A-Za-z]{12}$")]
+ApiKey: TypeAlias = Annotated[str, Field(pattern=r"^ifw_(live|test|adm)_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}$")]
+KeyName: TypeAlias = Annotated[
+    StrictStr, Field(min_length=1, max_length=KEY_NAME_MAX_LENGTH, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")
+]
+Scopes: TypeAlias = Annotated[list[Scope], Field(min_length=1, max_length=4), AfterValidator(_distinct)]
+ModelGlobs: TypeAlias = Annotated[
+    list[Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9._*?\[\]!-]{1,128}$")]],
+    Field(min_length=1, max_length=KEY_MODELS_MAX_ITEMS),
+]
+
+
+class KeyCreate(Strict):
+    """What a new key may do. Seconds of life, or None for ever; `lifetime_s` has the rule for a member left out."""
+
+    name: KeyName
+    scopes: Scopes
+    models: ModelGlobs = ["*"]
+    environment: Environment = "live"
+    expires_in_s: Annotated[StrictInt, Field(ge=1, le=KEY_MAX_EXPIRES_IN_S)] | None = None
+
+    @property
+    def lifetime_s(self) -> int | None:
+        """Seconds until the key expires, None for never; 90 days for a key with ``admin`` whose creator says nothing."""
+        if "expires_in_s" not in self.model_fields_set and "admin" in self.scopes:
+            return KEY_ADMIN_EXPIRES_IN_S
+        return self.expires_in_s
+
+
+class KeyRecord(Answer):
+    """What is kept of a key; times are aware, in UTC. ``replaced_by`` is the id of its successor by rotation."""
+
+    id: KeyId
+    name: KeyName
+    environment: Environment
+    scopes: Scopes
+    models: ModelGlobs
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None
+    revoked_at: datetime | None
+    replaced_by: KeyId | None
+
+
+class KeyCreated(KeyRecord):
+    """A record and the key itself, which is shown here and never again. Its repr hides the key."""
+
+    key: ApiKey = Field(repr=False)
+
+
+class KeyRotate(Strict):
+    overlap_s: Annotated[StrictInt, Field(ge=0, le=KEY_MAX_OVERLAP_S)] = KEY_DEFAULT_OVERLAP_S
+
+
+class KeyRotated(KeyCreated):
+    """The new key with its record, and in ``replaced`` the record of the old one with its new expiry."""
+
+    replaced: KeyRecord
+
+
+class KeyList(Answer):
+    """A page of records, newest first; ``next_cursor`` is None on the last page."""
+
+    data: Annotated[list[KeyRecord], Field(max_length=KEY_LIST_MAX_LIMIT)]
+    next_cursor: Annotated[str, Field(max_length=KEY_CURSOR_MAX_LENGTH)] | None
