@@ -384,7 +384,7 @@ class KeyCreate(Strict):
 
     @property
     def lifetime_s(self) -> int | None:
-        """Seconds until the key expires, None for never; 90 days for a key with ``admin`` whose creator says nothing."""
+        """Seconds until the key expires, None for never; 90 days for an ``admin`` key whose creator says nothing."""
         if "expires_in_s" not in self.model_fields_set and "admin" in self.scopes:
             return KEY_ADMIN_EXPIRES_IN_S
         return self.expires_in_s
