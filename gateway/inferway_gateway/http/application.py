@@ -105,7 +105,13 @@ class GatewayApplication(Starlette):
                 assert principal is not None  # noqa: S101 - only a public route has none
                 scope["principal"] = principal
                 size = await infer(
-                    scope, receive, send, name=target[0], version=target[1], principal=principal, started=started
+                    scope,
+                    receive,
+                    send,
+                    name=target[0],
+                    version=parse_version(target[1]),
+                    principal=principal,
+                    started=started,
                 )
             else:
 
@@ -164,8 +170,8 @@ class GatewayApplication(Starlette):
         return b"%s-%x" % (self._prefix.encode(), next(self._count))
 
 
-def _infer_target(path: str) -> tuple[str, int | None] | None:
-    """Name and version of an inference path; None where the path is another."""
+def _infer_target(path: str) -> tuple[str, str | None] | None:
+    """Name and version, as they stand in an inference path; None where the path is another."""
     if path[:11] != "/v2/models/" or path[-6:] != "/infer":
         return None
     middle = path[11:-6]
@@ -174,7 +180,7 @@ def _infer_target(path: str) -> tuple[str, int | None] | None:
     name, separator, version = middle.partition("/versions/")
     if not separator or not name or "/" in name or not version or "/" in version:
         return None
-    return name, parse_version(version)
+    return name, version
 
 
 def _as_gateway_error(error: Exception, scope: Mapping[str, Any]) -> GatewayError:

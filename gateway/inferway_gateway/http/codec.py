@@ -419,9 +419,9 @@ def _from_json(name: str, datatype: str, shape: list[int], count: int, data: Any
             value = np.frombuffer(array(code, data), DTYPES[datatype]) if count else np.empty(0, DTYPES[datatype])
         except OverflowError:
             raise InvalidTensorError(f"input '{name}' has a number that lies outside the range of {datatype}") from None
-        # A float32 that overflows turns into infinity without a word. One pass over the sum finds any infinity; the
-        # second look, only then, tells those that were sent from those that were made.
-        if code == "f" and count and not np.isfinite(np.add.reduce(value)):
+        # A float32 that overflows turns into infinity without a word. The second look, only where there is an
+        # infinity, tells those that were sent from those that were made.
+        if code == "f" and not np.isfinite(value).all():
             sent = np.array(data, np.float64)
             if not np.array_equal(np.isinf(sent), np.isinf(value)):
                 raise InvalidTensorError(f"input '{name}' has a number that lies outside the range of FP32")
@@ -605,7 +605,7 @@ def to_json(name: str, datatype: str, value: NDArray[Any]) -> bytes:
     if value.size == 0:
         return b"[]"
     flat = value.reshape(-1)
-    if datatype in _FLOATS and not np.isfinite(np.add.reduce(flat)) and not np.isfinite(flat).all():
+    if datatype in _FLOATS and not np.isfinite(flat).all():
         texts = orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
         for i in np.flatnonzero(~np.isfinite(flat)).tolist():
             v = flat[i]
