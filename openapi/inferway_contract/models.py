@@ -11,7 +11,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from .names import (
     BODY_LIMIT_BYTES,
@@ -157,22 +157,18 @@ class TrialRow(Answer):
     note: str
 
 
-class ModelProfile(Answer):
-    """What was measured of a version when it was loaded."""
+class ModelConfigInferway(Answer):
+    """What the gateway derived and measured when it loaded the version."""
 
+    version: VersionText
     row_exactness: RowExactness
-    batchable: bool
+    batching: bool
     inline_max_elements: Count
+    execution_providers: list[str]
+    load_seconds: float = Field(ge=0)
     cost: list[CostPoint]
     trial: list[TrialRow]
-    execution_providers: list[str]
-    load_s: float = Field(ge=0)
     note: str
-
-
-class ModelConfigInferway(Answer):
-    profile: ModelProfile
-    batching: dict[str, Any]
 
 
 class ModelConfig(Answer):
@@ -253,18 +249,18 @@ class RepositoryIndexRequest(Lenient):
 
 
 class RepositoryIndexEntry(Answer):
-    """``version`` is None where no version was ever loaded."""
+    """``version`` is empty where the model has none."""
 
     name: ModelName
-    version: VersionText | None = None
+    version: Annotated[str, Field(pattern=r"^[0-9]*$")]
     state: ModelState
     reason: str
 
 
 class LoadRequest(Lenient):
-    """``parameters`` may hold ``config`` (a ModelConfig in JSON, as text) and ``file:VERSION/NAME`` (base64)."""
+    """The protocol's ``parameters`` (``config``, ``file:...``) are answered with 501, so there are none to send."""
 
-    parameters: dict[str, Any] = {}
+    parameters: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
 class LoadResult(Answer):
@@ -272,10 +268,14 @@ class LoadResult(Answer):
     load: Literal[True] = True
 
 
-class UnloadRequest(Lenient):
-    """``parameters`` may hold ``unload_dependents``, which has no effect."""
+class UnloadParameters(Lenient):
+    """``unload_dependents`` has no effect, since no model depends on another."""
 
-    parameters: dict[str, Any] = {}
+    unload_dependents: StrictBool = False
+
+
+class UnloadRequest(Lenient):
+    parameters: UnloadParameters | None = None
 
 
 class UnloadResult(Answer):
@@ -285,26 +285,17 @@ class UnloadResult(Answer):
 
 # --- inference ---------------------------------------------------------------------------------------------------
 
-ParameterValue: TypeAlias = StrictBool | StrictInt | StrictFloat | StrictStr
 
-
-class _WithParameters(Lenient):
-    """Parameters keep the members that are not named; their values are text, numbers or booleans."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, ParameterValue]
-
-
-class InputParameters(_WithParameters):
+class InputParameters(Lenient):
     binary_data_size: Annotated[StrictInt, Field(ge=0, le=BODY_LIMIT_BYTES)] | None = None
 
 
-class OutputParameters(_WithParameters):
+class OutputParameters(Lenient):
     binary_data: StrictBool = False
     classification: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
-class RequestParameters(_WithParameters):
+class RequestParameters(Lenient):
     """``timeout`` is microseconds in the queue; ``priority`` 1 is first, 0 the model's default."""
 
     priority: Uint64 = 0
@@ -345,7 +336,7 @@ class OutputTensor(Answer):
     name: TensorName
     datatype: Datatype
     shape: Shape
-    parameters: dict[str, ParameterValue] | None = None
+    parameters: dict[str, Any] | None = None
     data: list[Any] | None = None
 
 
@@ -355,7 +346,7 @@ class InferenceResponse(Answer):
     model_name: ModelName
     model_version: VersionText
     id: str | None = None
-    parameters: dict[str, ParameterValue] | None = None
+    parameters: dict[str, Any] | None = None
     outputs: list[OutputTensor]
 
 

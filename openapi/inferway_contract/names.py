@@ -53,7 +53,7 @@ SERVER_TIMING: Final = "Server-Timing"
 
 REQUEST_ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """A caller's request id is taken over when it matches as a whole; any other is replaced."""
-MAX_TIMEOUT_MS: Final = 86_400_000
+MAX_TIMEOUT_MS: Final = 999_999_999_999
 TIMING_STAGES: Final = ("parse", "queue", "assemble", "run", "serialise")
 """Metrics of ``Server-Timing`` on an inference response, in order; milliseconds."""
 
@@ -122,7 +122,9 @@ BODY_LIMIT_BYTES: Final = 128 * 1024 * 1024
 """A body, before and after decompression: a tensor of 64 MiB passes with its header."""
 JSON_LIMIT_BYTES: Final = 8 * 1024 * 1024
 """The JSON part of a body."""
-JSON_DEPTH_LIMIT: Final = 64
+JSON_STRUCTURE_LIMIT: Final = 400_000
+"""Arrays and objects that one JSON body may hold."""
+JSON_DEPTH_LIMIT: Final = 1024
 HEADER_LIMIT_BYTES: Final = 16 * 1024
 HEADER_COUNT_LIMIT: Final = 100
 HEADER_TIMEOUT_S: Final = 10
