@@ -1,0 +1,150 @@
+"""``inferway.toml``: what the gateway offers for one model and Triton's configuration has no word for.
+
+The file is strict. A member it does not know is an error that lists those it knows, because a setting that is spelled
+wrong and silently has no effect is found in production.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+
+from ..core.model_config import ModelConfig, PaddingAxis
+from .triton_config import ConfigError
+
+Axis = Annotated[int, Field(ge=1, le=31)]
+"""A dimension of a tensor, axis 0 being the batch's and never padded."""
+
+ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+ExecutionProvider$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class PaddingOptions(_Strict):
+    """``[[batching.padding]]``: one variable axis along which requests of different lengths may share a batch."""
+
+    inputs: dict[str, Axis] = Field(min_length=1)
+    outputs: dict[str, Axis] = {}
+    fill: dict[str, float] = {}
+    buckets: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
+    max_waste: Annotated[float, Field(ge=0, le=1)] = 0.25
+
+    @field_validator("buckets")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("must be ascending, none twice")
+        return value
+
+    @field_validator("fill")
+    @classmethod
+    def _fills_inputs(cls, value: dict[str, float], info: Any) -> dict[str, float]:
+        unknown = sorted(set(value) - set(info.data.get("inputs", value)))
+        if unknown:
+            raise ValueError(f"names {unknown}, which is not among inputs")
+        return value
+
+
+class BatchingOptions(_Strict):
+    """``[batching]``.
+
+    Attributes:
+        enabled: true vouches for rows that depend on their mates, such as a dynamically quantised model's; false
+            never puts requests together; not said leaves it to what the load-time probe finds.
+        max_queue_rows, max_queue_bytes: how much may wait before requests are refused.
+    """
+
+    enabled: bool | None = None
+    max_queue_rows: PositiveInt | None = None
+    max_queue_bytes: PositiveInt | None = None
+    padding: Annotated[tuple[PaddingOptions, ...], Field(strict=False)] = ()
+
+
+class SessionOptionsTable(_Strict):
+    """``[session]``.
+
+    Attributes:
+        providers: execution providers in order of preference, in place of the gateway's.
+        intra_op_threads: threads inside one run.
+        disabled_optimizers: graph optimisers of ONNX Runtime to leave out.
+        trial: false opens the session as said here, without trying alternatives and without measuring.
+        inline: true or false decides whether runs happen on the event loop, in place of the measurement.
+    """
+
+    providers: Annotated[tuple[ProviderName, ...], Field(strict=False)] = ()
+    intra_op_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    disabled_optimizers: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
+    trial: bool | None = None
+    inline: bool | None = None
+
+
+class ModelOptions(_Strict):
+    """The whole file.
+
+    Attributes:
+        run_timeout_s: a run that takes longer is ended.
+    """
+
+    run_timeout_s: PositiveFloat | None = None
+    batching: BatchingOptions = BatchingOptions()
+    session: SessionOptionsTable = SessionOptionsTable()
+
+
+_TABLES: Final[dict[tuple[str, ...], type[BaseModel]]] = {
+    (): ModelOptions,
+    ("batching",): BatchingOptions,
+    ("batching", "padding"): PaddingOptions,
+    ("session",): SessionOptionsTable,
+}
+
+
+def parse_options(text: str) -> ModelOptions:
+    """Read ``inferway.toml``.
+
+    Raises:
+        ConfigError: the text is not TOML, or a member is unknown or has a wrong type or value; names the member.
+    """
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"not TOML: {error}") from None
+    try:
+        return ModelOptions.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(detail) for detail in error.errors(include_url=False))) from None
+
+
+def _explain(detail: Any) -> str:
+    path = tuple(part for part in detail["loc"] if isinstance(part, str))
+    where = ".".join(str(part) for part in detail["loc"])
+    table = _TABLES.get(path[:-1])
+    if detail["type"] == "extra_forbidden" and table is not None:
+        return f"{where} is not known, expected one of {', '.join(table.model_fields)}"
+    return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
+
+
+def apply_options(config: ModelConfig, options: ModelOptions) -> ModelConfig:
+    """``config`` with what ``options`` says put over it; what they do not say stays."""
+    batching = options.batching
+    return replace(
+        config,
+        run_timeout_s=options.run_timeout_s,
+        batching=replace(
+            config.batching,
+            **_said(batching, "enabled", "max_queue_rows", "max_queue_bytes"),
+            padding=tuple(PaddingAxis(**padding.model_dump()) for padding in batching.padding),
+        ),
+        session=replace(
+            config.session,
+            **_said(options.session, "providers", "intra_op_threads", "disabled_optimizers", "trial", "inline"),
+        ),
+    )
+
+
+def _said(table: BaseModel, *names: str) -> dict[str, Any]:
+    return {name: getattr(table, name) for name in names if name in table.model_fields_set}
