@@ -64,9 +64,11 @@ _CHECKSUM_LENGTH: Final = 6
 _TAIL: Final = _SECRET_LENGTH + _CHECKSUM_LENGTH
 _MAX_LENGTH: Final = len("ifw_live_") + _ID_LENGTH + 1 + _TAIL
 _FORMAT: Final = re.compile(rb"ifw_(?:live|test|adm)_([0-9A-Za-z]{12})_[0-9A-Za-z]{49}")
+_ID: Final = re.compile(r"[0-9A-Za-z]{12}")
 _IN_TEXT: Final = re.compile(r"(ifw_(?:live|test|adm)_[0-9A-Za-z]{12}_)[0-9A-Za-z]+")
 _PEPPER_BYTES: Final = 32
 _PEPPER_CHECK: Final = b"inferway pepper check"
+NO_SUCH_KEY: Final = "expected the id of an API key, got one that no key has"
 _REFUSED: Final = "expected a valid API key, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
 
 
@@ -719,9 +721,9 @@ class KeyService:
 
     async def get(self, key_id: str) -> KeyRecord:
         """The record of a key. Raises KeyNotFoundError and StoreUnavailableError."""
-        record = (await self._store.fetch([key_id])).get(key_id)
+        record = (await self._store.fetch([_checked(key_id)])).get(key_id)
         if record is None:
-            raise KeyNotFoundError("expected the id of an API key, got one that no key has")
+            raise KeyNotFoundError(NO_SUCH_KEY)
         return record
 
     async def page(self, *, limit: int = 50, cursor: str | None = None) -> tuple[list[KeyRecord], str | None]:
@@ -741,7 +743,7 @@ class KeyService:
     async def revoke(self, key_id: str, *, by: str | None = None) -> KeyRecord:
         """End a key now, for good. Doing it again changes nothing. Raises KeyNotFoundError, StoreUnavailableError."""
         try:
-            record = await self._store.revoke(key_id, self._clock.now())
+            record = await self._store.revoke(_checked(key_id), self._clock.now())
         finally:
             # Also after a failure: the store may have done it and only its answer was lost.
             self._forget(key_id)
@@ -821,6 +823,13 @@ class KeyService:
 
 def _listed(words: Iterable[str]) -> str:
     return ", ".join(sorted(words))
+
+
+def _checked(key_id: str) -> str:
+    # Not every text can be sent to every database, and no text of another form is any key's id.
+    if not _ID.fullmatch(key_id):
+        raise KeyNotFoundError(NO_SUCH_KEY)
+    return key_id
 
 
 def _lifetime(seconds: float) -> timedelta:
