@@ -49,8 +49,8 @@ class Profile:
         inline_max_elements: a run whose inputs have at most that many elements was measured short enough to happen on
             the event loop; 0 where no run may.
         cost: run time by rows, ascending in rows; empty where it could not be measured.
-        cost_row_elements: elements of all inputs together, per row, with which ``cost`` was measured; 0 where not known.
-            It lets the curve be carried over to other lengths of a variable axis.
+        cost_row_elements: elements of all inputs together, per row, with which ``cost`` was measured; 0 where not
+            known. It lets the curve be carried over to other lengths of a variable axis.
         trial: every candidate of the option trial with its time.
         execution_providers: in the order in which the session prefers them.
         note: in words, why the model is not batched or not inline.

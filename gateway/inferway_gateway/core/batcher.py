@@ -1,17 +1,62 @@
-"""Dynamic batching, the asynchronous half: queue, hand-over to a runner, answers to waiters."""
+"""Dynamic batching, the asynchronous half: a bounded queue, deadlines, hand-over to a runner, answers to waiters.
+
+A request goes one of two ways. What was measured to be shorter than a hop runs at once on the event loop
+(``run_inline``). Everything else waits in a ``BatchQueue`` until a runner takes it (``infer``).
+
+Who owns what: the loop owns waiters, timers and counters; the pool's lock guards the queue, the running jobs and the
+cost model, which the loop and the runners share; a job's arrays belong to the runner until it is completed, then to
+the loop. A batch belongs to the batcher. A caller that goes away leaves a dead ticket: dropped where it still waits,
+skipped by the answer where it runs, and a run all of whose tickets are dead is ended early.
+
+A run that fails is cut in two and both halves run again, down to single requests, so that one bad request costs its
+neighbours time and nothing else: of n requests with one bad one at most 2·log2(n) further runs, of n bad ones 2n - 2.
+The same is done with a run that lasted too long, because nobody knows whose fault it was.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import heapq
+import logging
+import math
+import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
+import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Session
+from .backend import RunHandle, Session
+from .batching import BatchQueue, Layout, Part, Ticket, pieces
+from .cost import CostModel
+from .errors import (
+    DeadlineExceededError,
+    GatewayError,
+    InternalError,
+    ModelExecutionError,
+    QueueFullError,
+    ShuttingDownError,
+)
 from .model_config import ModelConfig
-from .runners import RunnerPool
+from .runners import Job, RunnerPool
 from .stats import ModelStats
+from .tensors import DTYPES, Arrays
+
+_log = logging.getLogger(__name__)
+
+SPLIT_RUN_S: Final = 0.25
+"""How long a run of one large request may take where the model has no bound of rows: others want their turn."""
+SPLIT_ROWS: Final = 256
+"""Rows of a run of one large request while the model's cost is not known."""
+INLINE_SLOW_S: Final = 5e-4
+"""An inline run that takes longer was not short: five times the 100 µs that a hop costs."""
+INLINE_STRIKES: Final = 5
+"""So many slow inline runs, each within ``INLINE_STRIKE_RUNS`` runs of the one before, end inline running for good."""
+INLINE_STRIKE_RUNS: Final = 64
+CLOSE_LIMIT_S: Final = 30.0
+RETRY_AFTER_BOUNDS_S: Final = (0.05, 30.0)
 
 
 @dataclass(slots=True)
@@ -44,7 +89,8 @@ class Answer:
     Attributes:
         outputs: in the order of ``request.outputs``; axis 0 holds the request's own rows; C-contiguous.
         queue_s: from submission to the start of assembling; assemble_s: stacking and padding; run_s: inside the
-            session; split_s: cutting the outputs apart. For a request that took several runs these are sums.
+            session; split_s: cutting the outputs apart. For a request that took several runs these are sums, but for
+            ``queue_s``, which ends when the first begins.
         batch_rows: rows of the run it shared, its own included; the largest of several.
     """
 
@@ -56,8 +102,38 @@ class Answer:
     batch_rows: int
 
 
+@dataclass(slots=True, eq=False)
+class _Waiter(Ticket):
+    """A ticket somebody awaits. Beside ``Ticket``'s, all of this belongs to the loop, but for ``merged``."""
+
+    future: asyncio.Future[Answer] = field(kw_only=True)
+    rows: int = field(kw_only=True)
+    counted_rows: int = field(kw_only=True)
+    """What the statistics count: nothing for the row that stands in for a request of none."""
+    open: int = 1
+    """Parts without a result."""
+    merged: list[NDArray[Any]] | None = None
+    """Outputs of a request of several parts, which each part's runner fills in. Allocated under the lock."""
+    outcome: Answer | GatewayError | None = None
+    queue_s: float = -1.0
+    assemble_s: float = 0.0
+    run_s: float = 0.0
+    split_s: float = 0.0
+    batch_rows: int = 0
+
+
 class Batcher:
-    """Puts the requests to one model version together and runs them."""
+    """Puts the requests to one model version together and runs them.
+
+    Args:
+        name: of the model version, for the log.
+        session: used by this batcher alone; closed by whoever opened it, after ``close``.
+        runners: open, on the running loop.
+        run_timeout_s: a run that takes longer is ended; ``config.run_timeout_s`` overrides it.
+        clock: seconds on the clock of the requests' deadlines; None takes the pool's.
+    Raises:
+        ModelLoadError: the configured padding does not fit the signature.
+    """
 
     def __init__(
         self,
@@ -68,20 +144,590 @@ class Batcher:
         *,
         run_timeout_s: float,
         clock: Callable[[], float] | None = None,
-    ) -> None: ...
+        name: str = "a model",
+    ) -> None:
+        signature, profile, policy = session.signature, session.profile, config.batching
+        self._name = name
+        self._session = session
+        self._run = session.run
+        self._stats = stats
+        self._runners = runners
+        self._lock = runners.lock
+        self._clock = clock or runners.clock
+        self._run_timeout_s = config.run_timeout_s if config.run_timeout_s is not None else run_timeout_s
+        self._instances = config.instances or runners.threads
+        self._batched = signature.batched
+        self._order = signature.output_names
+        self.batching: Final = signature.batched and (profile.batchable if policy.enabled is None else policy.enabled)
+        """Whether rows of different requests share runs."""
+        self._pad_lone = signature.batched and profile.row_exactness == "padded" and policy.row_exact
+        self._max_rows = signature.max_rows if signature.batched else 0
+        # Cutting a request apart changes results where rows depend on their mates, so only a hard bound does it there.
+        self._may_cut = signature.batched and (self.batching or profile.row_exactness in ("exact", "padded"))
+        self._layout = Layout(signature, policy, pad_lone_rows=self._pad_lone)
+        stretched = self.batching and self._layout.free
+        self.row_exact: Final = (profile.row_exactness == "exact" or self._pad_lone) and not stretched
+        """Whether a row's result has the same bits whatever ran with it; padding to a mate's length may change them."""
+        self.costs: Final = CostModel(
+            profile.cost,
+            row_elements=profile.cost_row_elements,
+            max_rows=self._max_rows,
+            lone_rows=2 if self._pad_lone else 1,
+            variable=self._layout.variable,
+        )
+        self._queue = BatchQueue(policy, self._layout, self.costs, batching=self.batching, max_rows=self._max_rows)
+        self._preserve_order = policy.preserve_order
+        self._unsent: dict[int, deque[_Waiter]] = {}
+
+        self._waiters: set[_Waiter] = set()
+        self._again: deque[list[Part]] = deque()
+        self._jobs: set[_Run] = set()
+        self._expiries: list[tuple[float, int, _Waiter]] = []
+        self._serial = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+        self._gathering = False
+        self._draining = False
+        self._quiet: asyncio.Event = asyncio.Event()
+
+        self._inline_elements = profile.inline_max_elements
+        self._inline_trusted = config.session.inline is True
+        self._inline_strikes = 0
+        self._inline_struck_at = 0
+
+    # -- requests ------------------------------------------------------------------------------------------------------
 
     def run_inline(self, request: InferenceRequest) -> Answer | None:
-        """Run at once on the event loop where that is cheaper than a hop; None: await ``infer`` instead."""
-        raise NotImplementedError
+        """Run at once on the event loop where that is cheaper than a hop.
+
+        Returns:
+            The answer, or None where the request must be awaited through ``infer``: its run may be long, others wait
+            before it, it has no rows or too many, its deadline has passed, or the model drains.
+        Raises:
+            ModelExecutionError: the model failed.
+        """
+        bound = self._inline_elements
+        if not bound or self._queue.requests or len(self._jobs) >= self._instances:
+            return None
+        inputs: Arrays = request.inputs
+        for array in inputs.values():
+            bound -= array.size
+        rows = request.rows
+        if bound < 0 or not rows or (self._max_rows and rows > self._max_rows):
+            return None
+        if request.deadline is not None and self._clock() >= request.deadline:
+            return None
+        begun = started = time.perf_counter()
+        padded = rows == 1 and self._pad_lone
+        if padded:
+            inputs = {name: np.concatenate((array, array)) for name, array in inputs.items()}
+            started = time.perf_counter()
+        try:
+            outputs = self._run(inputs, request.outputs)
+        except GatewayError:
+            raise
+        except Exception as error:
+            raise _failure(error) from error
+        ended = time.perf_counter()
+        if padded:
+            outputs = [array[:1] for array in outputs]
+        run_s = ended - started
+        assemble_s = started - begun
+        self._stats.ran(rows, assemble_s, run_s, 0.0)
+        self._stats.answered(rows, 0.0, assemble_s, run_s, 0.0)
+        if run_s > INLINE_SLOW_S:
+            self._strike(run_s)
+        return Answer(outputs, 0.0, assemble_s, run_s, 0.0, rows)
 
     async def infer(self, request: InferenceRequest) -> Answer:
-        """Queue, batch, run and split. Raises the errors of ``core.errors``; safe to cancel at any time."""
-        raise NotImplementedError
+        """Queue, batch, run and split.
+
+        Cancelling is safe at any time: a request that waits is dropped, one that runs leaves its mates alone.
+
+        Raises:
+            QueueFullError: the queue is at a bound; says when to come back.
+            DeadlineExceededError: the deadline or the queue timeout passed, or the request's own run took too long.
+            ModelExecutionError: the model failed on this very request.
+            ShuttingDownError: the model drains.
+        """
+        if self._draining:
+            raise ShuttingDownError("the model version is being taken out of service")
+        if request.deadline is not None and self._clock() >= request.deadline:
+            raise DeadlineExceededError("the deadline had passed before the request was queued")
+        if self._batched and not request.rows:
+            return await self._infer_no_rows(request)
+        return await self._wait(request, request.rows)
+
+    async def _wait(self, request: InferenceRequest, counted_rows: int) -> Answer:
+        waiter = self._admit(request, counted_rows)
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            self._abandon(waiter)
+            raise
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no new work and wait for what there is; returns how many requests were given up on."""
-        raise NotImplementedError
+        """Take no new work, and wait for what there is.
+
+        What has no answer after ``timeout_s`` seconds gets ``ShuttingDownError``, and its runs are ended.
+
+        Returns:
+            How many requests were given up on.
+        """
+        self._draining = True
+        self._inline_elements = 0
+        with self._lock:
+            self._queue.hurry = True
+            self._runners.offer(self)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._waiters:
+                    self._quiet.clear()
+                    await self._quiet.wait()
+        except TimeoutError:
+            pass
+        given_up = list(self._waiters)
+        for waiter in given_up:
+            self._settle(waiter, ShuttingDownError("the model version was taken out of service"))
+        return len(given_up)
 
     async def close(self) -> bool:
-        """Drain at once and wait for the runs to end. True: no run is left, the session may be closed."""
-        raise NotImplementedError
+        """Drain at once and wait for the runs to end.
+
+        Returns:
+            True: no run is left and the session may be closed. False: a run did not end within ``CLOSE_LIMIT_S``.
+        """
+        await self.drain(0)
+        try:
+            async with asyncio.timeout(CLOSE_LIMIT_S):
+                while self._jobs:
+                    self._quiet.clear()
+                    await self._quiet.wait()
+        except TimeoutError:
+            _log.error("%s: %d runs did not end within %g s", self._name, len(self._jobs), CLOSE_LIMIT_S)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        return not self._jobs
+
+    def _admit(self, request: InferenceRequest, counted_rows: int) -> _Waiter:
+        """Queue a request, or raise what refuses it."""
+        now = self._clock()
+        queue = self._queue
+        rows, nbytes = request.rows, request.nbytes
+        level = queue.level(request.priority)
+        waiter = _Waiter(
+            request.outputs,
+            level,
+            math.inf if request.deadline is None else request.deadline,
+            future=asyncio.get_running_loop().create_future(),
+            rows=rows,
+            counted_rows=counted_rows,
+        )
+        expires = min(now + queue.timeout_s(level, request.queue_timeout_s), waiter.deadline)
+        key, lengths, elements = self._layout.place(request.inputs, rows)
+        with self._lock:
+            refused = queue.refusal(level, rows, nbytes)
+            if refused is not None:
+                raise QueueFullError(f"the model's queue is full: {refused}", retry_after_s=self._retry_after_s())
+            ranges = pieces(rows, self._most_rows(elements)) if self._may_cut or self._max_rows else [(0, rows)]
+            for start, end in ranges:
+                inputs: Arrays = request.inputs
+                if len(ranges) > 1:
+                    inputs = {name: array[start:end] for name, array in inputs.items()}
+                share = nbytes * end // max(rows, 1) - nbytes * start // max(rows, 1)
+                part = Part(waiter, inputs, end - start, share, start, key, lengths, elements, now, expires)
+                waiter.parts.append(part)
+            waiter.open = len(ranges)
+            gather = queue.worth_waiting() and not self._runners.saturated
+            queue.push(waiter)
+            self._runners.offer(self, later=gather)
+        self._waiters.add(waiter)
+        if self._preserve_order:
+            self._unsent.setdefault(level, deque()).append(waiter)
+        if gather and not self._gathering:
+            # Requests that one turn of the loop brings in leave together. That costs a turn, some microseconds, and is
+            # done only where the model gains from company.
+            self._gathering = True
+            asyncio.get_running_loop().call_soon(self._gathered)
+        if expires < math.inf:
+            self._serial += 1
+            heapq.heappush(self._expiries, (expires, self._serial, waiter))
+        self._gauge()
+        self._arm(now)
+        return waiter
+
+    def _gathered(self) -> None:
+        self._gathering = False
+        with self._lock:
+            self._runners.offer(self)
+        self.refresh()
+
+    async def _infer_no_rows(self, request: InferenceRequest) -> Answer:
+        """Answer a request for no rows, which many models cannot run.
+
+        Where the shape of an output is not known without a run, one row of zeros is run in its place and cut away.
+        """
+        specs = [self._session.signature.output(name) for name in request.outputs]
+        if all(-1 not in spec.shape[1:] for spec in specs):
+            self._stats.answered(0, 0.0, 0.0, 0.0, 0.0)
+            outputs = [np.empty((0, *spec.shape[1:]), DTYPES[spec.datatype]) for spec in specs]
+            return Answer(outputs, 0.0, 0.0, 0.0, 0.0, 0)
+        zeros: dict[str, NDArray[Any]] = {}
+        for name, array in request.inputs.items():
+            blank = "" if array.dtype == np.dtype(object) else 0
+            zeros[name] = np.full((1, *array.shape[1:]), blank, dtype=array.dtype)
+        stand_in = InferenceRequest(
+            zeros,
+            request.outputs,
+            1,
+            request.nbytes,
+            request.priority,
+            request.deadline,
+            request.queue_timeout_s,
+        )
+        answer = await self._wait(stand_in, 0)
+        answer.outputs = [array[:0] for array in answer.outputs]
+        return answer
+
+    def _most_rows(self, elements: int) -> int:
+        """The rows of one request that go into one run; 0 for all. Lock held."""
+        if self._max_rows or not self._may_cut:
+            return self._max_rows
+        curve = self.costs.curve(elements)
+        if not curve.known:
+            return SPLIT_ROWS
+        most = curve.rows_within(SPLIT_RUN_S)
+        if most == curve.points[-1].rows:
+            most = int(most * SPLIT_RUN_S / curve.seconds(most))
+        return max(most, curve.target)
+
+    def _retry_after_s(self) -> float:
+        """When the queue will have emptied at the present speed. Lock held."""
+        curve = self.costs.latest
+        if not curve.known:
+            return 1.0
+        target = curve.target
+        at_once = min(self._instances, self._runners.threads)
+        wait_s = self._queue.rows / target * curve.seconds(target) / at_once
+        low, high = RETRY_AFTER_BOUNDS_S
+        return min(max(wait_s, low), high)
+
+    # -- what becomes of a waiter --------------------------------------------------------------------------------------
+
+    def _abandon(self, waiter: _Waiter) -> None:
+        """The caller went away."""
+        if waiter.live:
+            if not waiter.begun:
+                self._stats.dropped_cancelled += 1
+            self._forget(waiter)
+
+    def _settle(self, waiter: _Waiter, outcome: Answer | GatewayError) -> None:
+        """Answer a waiter, once; in order of arrival where that was promised."""
+        if not waiter.live:
+            return
+        waiter.outcome = outcome
+        self._forget(waiter)
+        if not self._preserve_order:
+            self._send(waiter)
+
+    def _forget(self, waiter: _Waiter) -> None:
+        """Nothing more is done for this waiter."""
+        waiter.live = False
+        self._waiters.discard(waiter)
+        if waiter.open:
+            with self._lock:
+                self._queue.remove(waiter)
+                for job in self._jobs:
+                    if not any(part.ticket.live for part in job.parts):
+                        job.handle.terminate()
+            self._gauge()
+        waiter.parts.clear()
+        if self._preserve_order:
+            line = self._unsent[waiter.level]
+            while line and not line[0].live:
+                self._send(line.popleft())
+        if not self._waiters:
+            self._quiet.set()
+
+    def _send(self, waiter: _Waiter) -> None:
+        future, outcome = waiter.future, waiter.outcome
+        if future.done() or outcome is None:
+            return
+        if isinstance(outcome, Answer):
+            self._stats.answered(
+                waiter.counted_rows, outcome.queue_s, outcome.assemble_s, outcome.run_s, outcome.split_s
+            )
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)
+
+    def _strike(self, run_s: float) -> None:
+        """An inline run was slow. Once it is a habit, the model runs on the runners for good."""
+        runs = self._stats.execution_count
+        recent = runs - self._inline_struck_at <= INLINE_STRIKE_RUNS
+        self._inline_struck_at = runs
+        self._inline_strikes = self._inline_strikes + 1 if recent else 1
+        if self._inline_strikes >= INLINE_STRIKES and not self._inline_trusted:
+            self._inline_elements = 0
+            _log.warning(
+                "%s: runs were measured short and are not, the last took %.0f µs; they leave the event loop for good",
+                self._name,
+                run_s * 1e6,
+            )
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def _arm(self, now: float) -> None:
+        """Let ``_tick`` be called when the next thing is due, unless it is called before that anyway."""
+        at = self._expiries[0][0] if self._expiries else math.inf
+        if self._jobs:
+            at = min([at, *(job.limit_at for job in self._jobs.copy())])
+        if self._queue.delayed and self._queue.requests:
+            with self._lock:
+                due = self._queue.due(now)
+            if due is not None and due > now:
+                at = min(at, due)
+        if at < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = at
+            # Event loops count in milliseconds: asking for less would make them spin until the moment has come.
+            self._timer = asyncio.get_running_loop().call_later(max(at - now, 0.001), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._timer_at = math.inf
+        now = self._clock()
+        while self._expiries and self._expiries[0][0] <= now:
+            waiter = heapq.heappop(self._expiries)[2]
+            if not waiter.future.done():
+                self._expire(waiter, now)
+        with self._lock:
+            for job in self._jobs:
+                if job.limit_at <= now:
+                    job.limit_at = math.inf
+                    job.handle.terminate()
+            if self._queue.requests:
+                self._runners.offer(self)
+        self.refresh()
+
+    def _expire(self, waiter: _Waiter, now: float) -> None:
+        if now >= waiter.deadline:
+            error = DeadlineExceededError(
+                f"the deadline of the request passed while it {'ran' if waiter.begun else 'waited'}"
+            )
+            if waiter.live:
+                self._settle(waiter, error)
+            else:
+                waiter.future.set_exception(error)  # answered, and held back until those before it are
+            return
+        # The queue's timeout. It binds until the first run begins.
+        if waiter.waiting and not waiter.begun:
+            if not self._queue.delays(waiter.level):
+                self._settle(waiter, DeadlineExceededError("the request waited longer than its queue timeout"))
+                return
+            with self._lock:
+                self._queue.put_last(waiter)
+        if waiter.deadline < math.inf:
+            self._serial += 1
+            heapq.heappush(self._expiries, (waiter.deadline, self._serial, waiter))
+
+    def _gauge(self) -> None:
+        stats, queue = self._stats, self._queue
+        stats.queued_requests = queue.requests
+        stats.queued_rows = queue.rows
+        stats.queued_bytes = queue.nbytes
+        stats.running = len(self._jobs)
+
+    # -- as a source of jobs -------------------------------------------------------------------------------------------
+
+    def take(self, now: float) -> Job | None:
+        """The next batch, unless as many runs as there are instances go on. Lock held, any thread."""
+        if len(self._jobs) >= self._instances:
+            return None
+        parts: list[Part] | None = None
+        while self._again and not parts:
+            parts = [part for part in self._again.popleft() if part.ticket.live]
+        if not parts:
+            parts = self._queue.take(now)
+        if not parts:
+            return None
+        job = _Run(self, parts, now + self._run_timeout_s)
+        self._jobs.add(job)
+        return job
+
+    def completed(self, job: Job) -> bool:
+        """Learn from a run, and put what failed together back to be run apart. Lock held, any thread."""
+        assert isinstance(job, _Run)
+        self._jobs.discard(job)
+        if job.error is None:
+            if job.physical_rows:
+                self.costs.learn(job.elements, job.physical_rows, job.assemble_s + job.run_s + job.split_s)
+        elif len(job.parts) > 1:
+            middle = (len(job.parts) + 1) // 2
+            self._again.append(job.parts[:middle])
+            self._again.append(job.parts[middle:])
+            return True
+        for part in job.parts:
+            part.inputs = {}  # the queue may still hold the part as a husk
+        return bool(self._again or self._queue.requests)
+
+    def refresh(self) -> None:
+        """Bring the gauges and the timer up to date with what the runners did. On the event loop."""
+        self._gauge()
+        self._arm(self._clock())
+        if not self._jobs:
+            self._quiet.set()
+
+    def fail(self, error: Exception) -> None:
+        """Answer everybody after a defect and take no more. On the event loop."""
+        _log.error("%s: batching failed, the model takes no more requests", self._name, exc_info=error)
+        self._draining = True
+        self._inline_elements = 0
+        for waiter in list(self._waiters):
+            self._settle(waiter, InternalError("the gateway failed to put the request's batch together"))
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken: neither draining nor failed."""
+        return not self._draining
+
+    def execute(self, job: _Run) -> None:
+        """Stack, run and split one batch, on a runner thread."""
+        parts = job.parts = [part for part in job.parts if part.ticket.live]
+        if not parts:
+            return
+        for part in parts:
+            part.ticket.begun = True
+        job.begun = self._clock()
+        start = time.perf_counter()
+        try:
+            target = self._layout.target(parts)
+            inputs, rows = self._layout.stack(parts, target)
+            names = self._union(parts)
+            job.elements = self._layout.row_elements(parts[0], target)
+            job.rows = sum(part.rows for part in parts)
+            stacked = time.perf_counter()
+            job.assemble_s = stacked - start
+            try:
+                outputs = self._run(inputs, names, job.handle)
+            except GatewayError:
+                raise
+            except Exception as error:
+                raise _failure(error) from error
+            finally:
+                ran = time.perf_counter()
+                job.run_s = ran - stacked
+            if self._batched:
+                self._require_rows(outputs, names, rows)
+            job.results = self._layout.split(outputs, names, parts, target)
+            for part, own in zip(parts, job.results, strict=True):
+                assert isinstance(part.ticket, _Waiter)
+                if part.rows != part.ticket.rows:
+                    self._merge(part, part.ticket, own)
+            job.split_s = time.perf_counter() - ran
+            job.physical_rows = rows
+        except GatewayError as error:
+            job.error = error
+        except Exception:
+            _log.exception("a batch could not be assembled or taken apart")
+            job.error = InternalError("the gateway failed to put the request's batch together")
+
+    def _union(self, parts: list[Part]) -> tuple[str, ...]:
+        """The outputs that any of the parts asked for; in the caller's order where all agree."""
+        first = parts[0].ticket.outputs
+        if all(part.ticket.outputs == first for part in parts):
+            return first
+        wanted = {name for part in parts for name in part.ticket.outputs}
+        return tuple(name for name in self._order if name in wanted)
+
+    def _require_rows(self, outputs: list[NDArray[Any]], names: tuple[str, ...], rows: int) -> None:
+        for name, array in zip(names, outputs, strict=True):
+            if array.ndim == 0 or len(array) != rows:
+                got = "a scalar" if array.ndim == 0 else f"{len(array)}"
+                raise ModelExecutionError(f"output '{name}' of the model should have {rows} rows, got {got}")
+
+    def _merge(self, part: Part, waiter: _Waiter, own: list[NDArray[Any]]) -> None:
+        """Write one part's outputs to their place in the whole request's."""
+        with self._lock:
+            if waiter.merged is None:
+                waiter.merged = [np.empty((waiter.rows, *a.shape[1:]), a.dtype) for a in own]
+            merged = waiter.merged
+        for name, whole, array in zip(waiter.outputs, merged, own, strict=True):
+            if whole.shape[1:] != array.shape[1:]:
+                raise ModelExecutionError(
+                    f"output '{name}' of the model has a shape that depends on the rows, {list(whole.shape[1:])} and "
+                    f"{list(array.shape[1:])}: a request of more than {part.rows} rows cannot be put together"
+                )
+            whole[part.start : part.start + part.rows] = array
+
+    def finish(self, job: _Run) -> None:
+        """Answer the waiters of a run, on the event loop."""
+        if job.begun is None:
+            return
+        if job.rows:
+            self._stats.ran(job.rows, job.assemble_s, job.run_s, job.split_s)
+        for number, part in enumerate(job.parts):
+            waiter = part.ticket
+            assert isinstance(waiter, _Waiter)
+            if waiter.queue_s < 0:
+                waiter.queue_s = max(job.begun - part.queued_at, 0.0)
+            if job.error is not None:
+                if len(job.parts) == 1:
+                    self._settle(waiter, self._explained(job, job.error))
+                continue
+            own = job.results[number]
+            waiter.assemble_s += job.assemble_s
+            waiter.run_s += job.run_s
+            waiter.split_s += job.split_s
+            waiter.batch_rows = max(waiter.batch_rows, job.rows)
+            waiter.open -= 1
+            if not waiter.open:
+                answer = Answer(
+                    own if waiter.merged is None else waiter.merged,
+                    waiter.queue_s,
+                    waiter.assemble_s,
+                    waiter.run_s,
+                    waiter.split_s,
+                    waiter.batch_rows,
+                )
+                self._settle(waiter, answer)
+
+    def _explained(self, job: _Run, error: GatewayError) -> GatewayError:
+        if isinstance(error, DeadlineExceededError) and job.limit_at == math.inf:
+            return DeadlineExceededError(f"the run took longer than the {self._run_timeout_s:g} s that it may take")
+        return error
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One batch on its way. Written by the runner until it is completed, then by the loop."""
+
+    source: Batcher
+    parts: list[Part]
+    limit_at: float
+    handle: RunHandle = field(default_factory=RunHandle)
+    begun: float | None = None
+    rows: int = 0
+    """Rows of the requests; 0 until a run was assembled."""
+    physical_rows: int = 0
+    """Rows that were run, a padded lone row's copy included; 0 until a run succeeded."""
+    elements: int = 0
+    assemble_s: float = 0.0
+    run_s: float = 0.0
+    split_s: float = 0.0
+    results: list[list[NDArray[Any]]] = field(default_factory=list)
+    error: GatewayError | None = None
+
+    def execute(self) -> None:
+        self.source.execute(self)
+
+    def finish(self) -> None:
+        self.source.finish(self)
+
+
+def _failure(error: Exception) -> ModelExecutionError:
+    """What a caller may know of an exception that the session let through; the log knows the rest."""
+    _log.error("a session raised %s", type(error).__name__, exc_info=error)
+    return ModelExecutionError(f"the model failed with {type(error).__name__}")

@@ -52,8 +52,9 @@ class PaddingAxis:
         inputs: input name to the axis number (batch axis counted) that is padded.
         outputs: output name to the axis number that is cut back to the request's own length.
         fill: input name to the value that fills the padding; 0 where not named. A mask input is filled with 0.
-        buckets: lengths to pad to, ascending; empty pads to the longest request of the batch.
-        max_waste: the share of padded elements that a batch may have, 0 to 1.
+        buckets: lengths to pad to, ascending, also for a request that runs alone; what is longer than the last is not
+            padded. Empty pads to the longest request of the batch.
+        max_waste: the share of padded elements that a batch may have without buckets, 0 to 1.
     """
 
     inputs: dict[str, int]
@@ -76,7 +77,9 @@ class BatchPolicy:
         priority_levels: 0 is one queue for all; else priorities 1 (first) to this number.
         default_priority: for a request that names none.
         queue: the policy of levels that ``queue_by_priority`` does not name.
-        preserve_order: answers leave in the order of arrival.
+        preserve_order: answers leave in the order of arrival, each priority level for itself.
+        row_exact: run a lone row with a copy of itself where the model needs company for the same bits; False saves the
+            second row's time and gives the promise up.
         padding: axes that may be padded.
     """
 
@@ -90,6 +93,7 @@ class BatchPolicy:
     queue: QueuePolicy = field(default_factory=QueuePolicy)
     queue_by_priority: dict[int, QueuePolicy] = field(default_factory=dict)
     preserve_order: bool = False
+    row_exact: bool = True
     padding: tuple[PaddingAxis, ...] = ()
 
 

@@ -1,0 +1,261 @@
+"""What a run costs by its number of rows, and from that how many rows are worth putting together.
+
+Batching pays where a run is bound by overhead or by memory, and on processors many models are bound by neither:
+MiniLM gains 15 % from eight sentences, a convolutional network nothing, some lose a fifth. So no number of rows is
+assumed to be good. The seconds that runs of 1, 2, 4, ... rows took at load are where a curve starts, each run that
+happens corrects it, and the target is the smallest number of rows beyond which rows per second no longer rise.
+
+What a live run takes differs from the best of several at load: other threads compete, caches are cold. That slows
+every size alike, and a naive average would see only the visited sizes become slower, and wander off to the others.
+Therefore a curve keeps one factor for what befell all sizes, the drift, and for each size its own evidence, which
+pulls away from the drift by as much as it weighs and fades while the size is not run. A size that was never run
+follows the drift.
+
+Sizes above the target are visited now and then while more rows wait than the target takes (one run in
+``EXPLORE_EVERY``, one step up, and only where the loss could be small), so that a curve that begins to rise is found.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Final
+
+from .backend import CostPoint
+
+ROWS_BOUND: Final = 1024
+"""A curve looks no further; a model that gains beyond that is so cheap by row that nobody would notice."""
+EXPLORE_EVERY: Final = 32
+EXPLORE_AT_LEAST: Final = 0.85
+"""Rows per second that a size must promise, as a share of the target's, to be tried."""
+
+_GROW: Final = 1.03  # rows/s must rise by that much for more rows, or waiting and padding are spent on noise
+_KEEP: Final = 1.01  # and by that much to stay there, so that the target does not flutter
+_GROW_SLOW: Final = 1.10  # where a run already takes _SLOW_S, a little more throughput is not worth doubling it
+_SLOW_S: Final = 0.1
+_PRIOR_WEIGHT: Final = 4.0
+_ANCHOR_WEIGHT: Final = 0.5
+_EVIDENCE_BOUND: Final = 24.0
+_FADE: Final = 0.997
+_OUTLIER: Final = 4.0
+_CLASSES_PER_OCTAVE: Final = 4
+_CURVES_BOUND: Final = 64
+
+
+class CostCurve:
+    """Seconds by rows for rows of one size.
+
+    Args:
+        sizes: ascending numbers of rows, the first 1.
+        prior: seconds for each of them as far as they are known beforehand.
+        relative: ``prior`` has the shape of a curve but no unit; the first run gives it.
+        lone_rows: rows that a lone row is run as: 2 where it is padded with a copy of itself.
+        drift: how much slower than ``prior`` all sizes are thought to be before any was run.
+    """
+
+    __slots__ = (
+        "_anchor", "_drift", "_evidence", "_factor", "_lone", "_prior",
+        "_relative", "_seconds", "_sizes", "_target", "_turn",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        prior: Sequence[float],
+        *,
+        relative: bool = False,
+        lone_rows: int = 1,
+        drift: float = 1.0,
+    ) -> None:
+        self._sizes = tuple(sizes)
+        self._prior = tuple(prior)
+        self._relative = relative
+        self._lone = lone_rows
+        self._anchor = self._drift = drift
+        self._factor = [1.0] * len(self._sizes)
+        self._evidence = [0.0] * len(self._sizes)
+        self._seconds: list[float] = []
+        self._target = 0
+        self._turn = 0
+        self._refresh()
+
+    @property
+    def known(self) -> bool:
+        """Whether ``seconds`` are seconds: something was measured, at load or since."""
+        return not self._relative
+
+    @property
+    def drift(self) -> float:
+        return self._drift
+
+    @property
+    def target(self) -> int:
+        """The number of rows beyond which rows per second no longer rise; 1: batching gains nothing."""
+        return self._sizes[self._target]
+
+    @property
+    def points(self) -> tuple[CostPoint, ...]:
+        """The curve as it is believed now."""
+        return tuple(CostPoint(n, s) for n, s in zip(self._sizes, self._seconds, strict=True))
+
+    def seconds(self, rows: int) -> float:
+        """What a run of ``rows`` rows is expected to take."""
+        return _between(self._sizes, self._seconds, rows)
+
+    def rows_within(self, seconds: float) -> int:
+        """The largest known size that is expected to take no longer; at least 1."""
+        best = 1
+        for size, cost in zip(self._sizes, self._seconds, strict=True):
+            if cost <= seconds:
+                best = size
+        return best
+
+    def limit(self, available: int) -> int:
+        """How many rows the next run may take when ``available`` wait: the target, or one step more to look.
+
+        Every call stands for one run.
+        """
+        target = self._target
+        if available > self._sizes[target] and target + 1 < len(self._sizes):
+            self._turn += 1
+            if self._turn >= EXPLORE_EVERY:
+                self._turn = 0
+                if self._rate(target + 1) >= EXPLORE_AT_LEAST * self._rate(target):
+                    return self._sizes[target + 1]
+        return self._sizes[target]
+
+    def learn(self, rows: int, seconds: float) -> None:
+        """Take in one run: ``rows`` rows as they were run, padding included, took ``seconds``."""
+        sizes = self._sizes
+        ratio = seconds / _between(sizes, self._prior, rows)
+        at = bisect_left(sizes, rows)
+        if at == len(sizes) or (at and rows * rows < sizes[at - 1] * sizes[at]):
+            at -= 1  # the nearer neighbour, sizes taken as a geometric series
+        if self._relative:
+            self._relative = False
+            self._anchor = ratio
+        else:
+            # A page fault or a processor taken away may cost a hundredfold once: it counts as a slow run, no more.
+            believed = self._seconds[at] / self._prior[at]
+            ratio = min(max(ratio, believed / _OUTLIER), believed * _OUTLIER)
+        evidence = self._evidence
+        for i in range(len(evidence)):
+            evidence[i] *= _FADE
+        weight = evidence[at] = min(evidence[at] + 1.0, _EVIDENCE_BOUND)
+        factor = self._factor
+        factor[at] = ratio if weight <= 1.0 else factor[at] + (ratio - factor[at]) / weight
+        weighed = sum(w * f for w, f in zip(evidence, factor, strict=True))
+        self._drift = (weighed + _ANCHOR_WEIGHT * self._anchor) / (sum(evidence) + _ANCHOR_WEIGHT)
+        self._refresh()
+
+    def _rate(self, at: int) -> float:
+        return self._sizes[at] / self._seconds[at]
+
+    def _refresh(self) -> None:
+        drift = self._drift * _PRIOR_WEIGHT
+        self._seconds = [
+            prior * (weight * factor + drift) / (weight + _PRIOR_WEIGHT)
+            for prior, weight, factor in zip(self._prior, self._evidence, self._factor, strict=True)
+        ]
+        if self._lone > 1:
+            # A lone row costs what its padded run costs; without this a padded model would seem to gain nothing.
+            rest, costs = self._sizes[1:], self._seconds[1:]
+            self._seconds[0] = _between(rest, costs, self._lone) if rest else self._seconds[0] * self._lone
+        best = 0
+        for i in range(1, len(self._sizes)):
+            gain = _KEEP if i <= self._target else _GROW_SLOW if self._seconds[i] > _SLOW_S else _GROW
+            if self._rate(i) > self._rate(best) * gain:
+                best = i
+        self._target = best
+
+
+class CostModel:
+    """The cost curves of one model version, one for each size of row that was seen.
+
+    A model with variable axes costs by elements rather than by rows, so the curve measured at load is read as seconds
+    by elements, and rows of another length start from there.
+
+    Args:
+        measured: run time by rows, ascending, as the backend measured it; may be empty.
+        row_elements: elements per row of what was measured; 0 where not known: the first row seen stands for it.
+        max_rows: the most rows that one run may take; 0 for no bound.
+        lone_rows: see ``CostCurve``.
+        variable: rows differ in size; otherwise there is one curve.
+    """
+
+    def __init__(
+        self,
+        measured: Sequence[CostPoint],
+        *,
+        row_elements: int = 0,
+        max_rows: int = 0,
+        lone_rows: int = 1,
+        variable: bool = False,
+    ) -> None:
+        bound = min(max_rows or ROWS_BOUND, ROWS_BOUND)
+        sizes = [1 << i for i in range(bound.bit_length())]
+        self._sizes = tuple(sizes) if sizes[-1] == bound else (*sizes, bound)
+        self._measured = tuple(p for p in measured if p.rows > 0 and p.seconds > 0)
+        self._row_elements = row_elements
+        self._lone_rows = lone_rows
+        self._variable = variable
+        self._latest = self._new(1.0, 1.0)
+        self._curves: dict[int, CostCurve] = {0: self._latest}
+
+    @property
+    def latest(self) -> CostCurve:
+        """The curve of the rows that ran last."""
+        return self._latest
+
+    def curve(self, row_elements: int) -> CostCurve:
+        """The curve for rows of that many elements."""
+        if not self._variable:
+            return self._latest
+        if row_elements < 1:
+            row_elements = 1
+        if self._row_elements == 0:
+            self._row_elements = row_elements
+        at = round(math.log2(row_elements / self._row_elements) * _CLASSES_PER_OCTAVE)
+        found = self._curves.get(at)
+        if found is None:
+            if len(self._curves) >= _CURVES_BOUND:
+                del self._curves[next(iter(self._curves))]
+            found = self._curves[at] = self._new(2.0 ** (at / _CLASSES_PER_OCTAVE), self._latest.drift)
+        return found
+
+    def learn(self, row_elements: int, rows: int, seconds: float) -> None:
+        """Take in one run of ``rows`` rows of ``row_elements`` elements each, as they were run."""
+        curve = self.curve(row_elements)
+        curve.learn(rows, seconds)
+        self._latest = curve
+
+    def _new(self, scale: float, drift: float) -> CostCurve:
+        """A curve for rows ``scale`` times as large as those that were measured."""
+        points = self._measured
+        rows = [p.rows for p in points]
+        seconds = [p.seconds for p in points]
+        if not points:
+            # Nothing known: proportional to rows, so that batching has to prove itself.
+            return CostCurve(self._sizes, self._sizes, relative=True, lone_rows=self._lone_rows, drift=drift)
+        overhead = 0.0
+        if len(points) > 1 and rows[1] > rows[0]:
+            slope = max((seconds[1] - seconds[0]) / (rows[1] - rows[0]), 0.0)
+            overhead = max(seconds[0] - slope * rows[0], 0.0)
+        prior = []
+        for size in self._sizes:
+            at = size * scale
+            below = overhead + (seconds[0] - overhead) * at / rows[0]
+            prior.append(below if at < rows[0] else _between(rows, seconds, at))
+        return CostCurve(self._sizes, prior, lone_rows=self._lone_rows, drift=drift)
+
+
+def _between(sizes: Sequence[int], values: Sequence[float], rows: float) -> float:
+    """Linear between the sizes; beyond the last proportional to rows, which promises no gain that was not measured."""
+    at = bisect_left(sizes, rows)
+    if at == len(sizes):
+        return values[-1] * rows / sizes[-1]
+    if at == 0 or sizes[at] == rows:
+        return values[at]
+    low, high = sizes[at - 1], sizes[at]
+    return values[at - 1] + (values[at] - values[at - 1]) * (rows - low) / (high - low)
