@@ -1,0 +1,59 @@
+"""All benchmarks, or some of them.
+
+    python tests/bench/run.py                                  # everything, about half an hour
+    python tests/bench/run.py http sdk --rounds 3 --seconds 2  # two of them, quicker
+    python tests/bench/run.py batching --only minilm --json out.json
+
+Ends with 0 when everything asked for could be measured, whatever came out: no time is asserted here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import bench_batching
+import bench_http
+import bench_sdk
+import bench_tensors
+from harness.options import add_arguments, parsed, print_machine
+from harness.processes import BenchError
+from harness.report import Report, write_json
+
+BENCHMARKS = {
+    "http": bench_http.run,
+    "tensors": bench_tensors.run,
+    "sdk": bench_sdk.run,
+    "batching": bench_batching.run,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all when none is named")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(BENCHMARKS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    print_machine()
+    reports: list[Report] = []
+    failed = []
+    for name in arguments.names or BENCHMARKS:
+        print(f"\n=== {name} ===")
+        try:
+            report = BENCHMARKS[name](parsed(arguments))
+        except BenchError as error:
+            print(f"{name} not measured: {error}", file=sys.stderr)
+            failed.append(name)
+            continue
+        report.finish()
+        reports.append(report)
+    if arguments.json:
+        write_json(arguments.json, reports)
+    if failed:
+        print(f"\nNOT measured: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
