@@ -12,7 +12,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 # The models that tests open; the others are made by `make models`.
 TEST_MODELS := digits,minilm,minilm-int8,minilm-w8,resnet50,faults,packaged
-SOURCES := sdk gateway openapi examples deploy tests
+SOURCES := sdk gateway openapi examples deploy docs tests *.md
 
 .PHONY: help demo serve test lint unit models bench clean env-demo env-test docs
 
@@ -32,7 +32,7 @@ lint: env-test ## Check style and types only
 	@$(BIN)/ruff check --quiet $(SOURCES)
 	@$(BIN)/ruff format --quiet --check $(SOURCES)
 	@$(BIN)/mypy
-	@MYPYPATH=examples/models $(BIN)/mypy deploy/*.py examples/*.py examples/models/make_models.py
+	@MYPYPATH=examples/models $(BIN)/mypy deploy/*.py docs/*.py examples/*.py examples/models/make_models.py
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 unit: env-test ## Run the tests only; ARGS="tests/sdk -k retry" picks some
@@ -43,10 +43,10 @@ models: env-test ## Make all the models of examples/models, 1.2 GB, in .cache
 	@$(BIN)/python examples/models/make_models.py --all
 
 bench: env-test ## Measure speed against other servers
-	@$(BIN)/python -m tests.bench
+	@$(BIN)/python tests/bench/run.py $(ARGS)
 
 docs: env-test ## Write the parts of docs/ that come from the code
-	@$(BIN)/python tests/test_docs.py --write
+	@$(BIN)/python -m cogapp -r -I docs docs/*.md
 
 clean: ## Remove the environment, caches, models and what the demo keeps
 	rm -rf .venv .cache .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,78 @@
+"""The tables of the guides that come from the code. cog, in `make docs`, puts them between the marks in the pages."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic_core import PydanticUndefined
+
+from inferway_contract.codes import ERRORS
+from inferway_gateway.__main__ import _parser
+from inferway_gateway.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def words(text: str | None) -> str:
+    """A docstring in one line, with Markdown's marks for code."""
+    return " ".join((text or "").replace("``", "`").split())
+
+
+def serve_options() -> dict[str, str]:
+    """Setting to the option of ``inferway serve`` that sets it."""
+    commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    actions = commands.choices["serve"]._actions
+    return {a.dest: a.option_strings[0] if a.option_strings else str(a.metavar) for a in actions if a.dest != "help"}
+
+
+def default_of(field: Any) -> str:
+    if field.default is PydanticUndefined:
+        return "see right"
+    value = field.default
+    if value is None or value == ():
+        return "–"
+    return f"`{','.join(map(str, value)) if isinstance(value, tuple) else value}`"
+
+
+def settings() -> str:
+    options = serve_options()
+    rows = (
+        (
+            f"`INFERWAY_{name.upper()}`",
+            f"`{options[name]}`" if name in options else "",
+            default_of(field),
+            words(field.description),
+        )
+        for name, field in Settings.model_fields.items()
+    )
+    return table(("in the environment", "option", "default", "meaning"), rows)
+
+
+def routes() -> str:
+    contract: dict[str, Any] = yaml.safe_load((ROOT / "openapi" / "inferway.yaml").read_text())
+    rows = []
+    for path, methods in contract["paths"].items():
+        for method, operation in methods.items():
+            if method == "parameters":
+                continue
+            scopes = operation.get("x-required-scopes")
+            who = "anybody" if scopes is None else " or ".join(f"`{scope}`" for scope in scopes) or "any key"
+            rows.append((f"`{method.upper()} {path}`", who, operation["summary"].rstrip(".")))
+    return table(("route", "scope", "what it does"), rows)
+
+
+def codes() -> str:
+    rows = (
+        (str(kind.status), f"`{kind.code}`", "yes" if kind.retryable else "no", kind.title) for kind in ERRORS.values()
+    )
+    return table(("status", "code", "try again", "meaning"), rows)
