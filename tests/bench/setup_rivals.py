@@ -1,4 +1,4 @@
-"""Build the virtual environments of the rival servers under `.cache/bench-venvs`, about 1 GB in all.
+"""Build the virtual environments of the rival servers, and of the profiler, under `.cache/bench-venvs`: 1.3 GB.
 
     python tests/bench/setup_rivals.py            # all of them; one that is complete is kept
     python tests/bench/setup_rivals.py triton     # some
@@ -16,7 +16,7 @@ import venv
 
 from harness.paths import RIVAL_VENVS, RIVALS
 
-NAMES = ("triton", "mlserver", "litserve", "bentoml")
+NAMES = ("triton", "mlserver", "litserve", "bentoml", "py-spy")
 
 
 def build(name: str) -> bool:

@@ -63,8 +63,8 @@ def gateway(
 
 
 def create_key(state: Path) -> str:
-    argv = [INFERWAY, "keys", "create", "bench", "--scope", "infer", "--scope", "read"]
-    done = subprocess.run([*argv, "--json", "--state-dir", str(state)], capture_output=True, text=True, check=False)
+    argv = [INFERWAY, "keys", "create", "--name", "bench", "--scopes", "infer", "read", "--state-dir", str(state)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchError(f"no key could be made: {done.stderr or done.stdout}")
-    return str(json.loads(done.stdout)["key"])
+    return done.stdout.strip()

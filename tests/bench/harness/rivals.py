@@ -37,7 +37,7 @@ def installed(name: str) -> bool:
 
 
 def echo(folder: Path, reply: bytes) -> Variant:
-    """uvicorn at its fastest: uvloop, httptools, no access log, no lifespan. It answers with the gateway's own bytes."""
+    """uvicorn at its fastest: uvloop, httptools, no access log or lifespan. It answers with the gateway's own bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "reply").write_bytes(reply)
     return Variant(uvicorn_echo("echo:app", {"REPLY": str(folder / "reply")}), addsub.job("/echo"))
