@@ -1,9 +1,11 @@
 """The bodies of the contract as pydantic models.
 
-Three attitudes towards members that a model does not name: bodies that our own routes under ``/api`` receive refuse
-them (`Strict`), because a misspelt ``expires_in`` must not make a key that lives for ever; bodies of the Open Inference
-Protocol ignore them, as the protocol says (`Lenient`); answers keep them (`Answer`), so that a client may be older than
-its gateway. None of them is meant for the hot path: tensors' elements are plain Python values or raw bytes.
+Three attitudes towards what a model does not know: bodies that our own routes under ``/api`` receive refuse unknown
+members (`Strict`), because a misspelt ``expires_in`` must not make a key that lives for ever; bodies of the Open
+Inference Protocol ignore them, as the protocol says (`Lenient`); answers keep them, and take any text where the
+contract has a closed set (`Answer`), so that a client may be older than its gateway.
+
+None of them is meant for the hot path: tensors' elements are plain Python values or raw bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 
 from .names import (
     BODY_LIMIT_BYTES,
-    KEY_ADMIN_EXPIRES_IN_S,
     KEY_CURSOR_MAX_LENGTH,
     KEY_DEFAULT_OVERLAP_S,
     KEY_LIST_MAX_LIMIT,
@@ -27,8 +28,6 @@ from .names import (
     MAX_RANK,
     Datatype,
     Environment,
-    ModelState,
-    RowExactness,
     Scope,
 )
 
@@ -61,6 +60,7 @@ ModelName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 VersionText: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+$")]
 RequestId: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 TensorName: TypeAlias = Annotated[str, Field(min_length=1)]
+Dims: TypeAlias = Annotated[list[Annotated[int, Field(ge=-1)]], Field(max_length=MAX_RANK)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
 Uint64: TypeAlias = Annotated[StrictInt, Field(ge=0, le=2**64 - 1)]
 
@@ -68,7 +68,7 @@ Uint64: TypeAlias = Annotated[StrictInt, Field(ge=0, le=2**64 - 1)]
 
 
 class Error(Answer):
-    """The error body of every path outside ``/api``. ``code`` stays text: a newer gateway may have more codes."""
+    """The error body of every path outside ``/api``."""
 
     error: str = Field(min_length=1)
     code: str
@@ -119,8 +119,8 @@ class TensorMetadata(Answer):
     """An input or output of a signature; in ``shape`` -1 is a variable dimension."""
 
     name: TensorName
-    datatype: Datatype
-    shape: Annotated[list[Annotated[int, Field(ge=-1)]], Field(max_length=MAX_RANK)]
+    datatype: str
+    shape: Dims
     optional: bool = False
 
 
@@ -138,7 +138,7 @@ class ModelMetadata(Answer):
 class ModelConfigTensor(Answer):
     name: TensorName
     data_type: str
-    dims: list[int]
+    dims: Dims
     reshape: dict[str, list[int]] | None = None
     label_filename: str = ""
     optional: bool = False
@@ -161,7 +161,7 @@ class ModelConfigInferway(Answer):
     """What the gateway derived and measured when it loaded the version."""
 
     version: VersionText
-    row_exactness: RowExactness
+    row_exactness: str
     batching: bool
     inline_max_elements: Count
     execution_providers: list[str]
@@ -195,8 +195,8 @@ class ModelConfig(Answer):
 class Duration(Answer):
     """How often something happened, and how many nanoseconds it took in all."""
 
-    count: Count = 0
-    ns: Count = 0
+    count: Count
+    ns: Count
 
 
 class InferenceStats(Answer):
@@ -253,7 +253,7 @@ class RepositoryIndexEntry(Answer):
 
     name: ModelName
     version: Annotated[str, Field(pattern=r"^[0-9]*$")]
-    state: ModelState
+    state: str
     reason: str
 
 
@@ -334,7 +334,7 @@ class OutputTensor(Answer):
     """Either ``data`` or ``parameters["binary_data_size"]`` is there; ``data`` is flat, in row-major order."""
 
     name: TensorName
-    datatype: Datatype
+    datatype: str
     shape: Shape
     parameters: dict[str, Any] | None = None
     data: list[Any] | None = None
@@ -365,7 +365,11 @@ ModelGlobs: TypeAlias = Annotated[
 
 
 class KeyCreate(Strict):
-    """What a new key may do. Seconds of life, or None for ever; `lifetime_s` has the rule for a member left out."""
+    """What a new key may do.
+
+    ``expires_in_s`` is its life; None is for ever, and left out (see ``model_fields_set``) for ever too, or 90 days
+    with the scope ``admin``.
+    """
 
     name: KeyName
     scopes: Scopes
@@ -373,21 +377,14 @@ class KeyCreate(Strict):
     environment: Environment = "live"
     expires_in_s: Annotated[StrictInt, Field(ge=1, le=KEY_MAX_EXPIRES_IN_S)] | None = None
 
-    @property
-    def lifetime_s(self) -> int | None:
-        """Seconds until the key expires, None for never; 90 days for an ``admin`` key whose creator says nothing."""
-        if "expires_in_s" not in self.model_fields_set and "admin" in self.scopes:
-            return KEY_ADMIN_EXPIRES_IN_S
-        return self.expires_in_s
-
 
 class KeyRecord(Answer):
     """What is kept of a key; times are aware, in UTC. ``replaced_by`` is the id of its successor by rotation."""
 
     id: KeyId
     name: KeyName
-    environment: Environment
-    scopes: Scopes
+    environment: str
+    scopes: Annotated[list[str], Field(min_length=1, max_length=4)]
     models: ModelGlobs
     created_at: datetime
     expires_at: datetime | None

@@ -8,41 +8,12 @@ from typing import Final
 
 import orjson
 
+from inferway_contract.codes import ERRORS, problem_type
+
 from ..core.errors import GatewayError
 
-STATUSES: Final[Mapping[str, int]] = {
-    "malformed_request": 400,
-    "invalid_tensor": 400,
-    "invalid_parameter": 400,
-    "model_load_failed": 400,
-    "unauthenticated": 401,
-    "permission_denied": 403,
-    "not_found": 404,
-    "model_not_found": 404,
-    "version_not_found": 404,
-    "key_not_found": 404,
-    "method_not_allowed": 405,
-    "request_timeout": 408,
-    "conflict": 409,
-    "payload_too_large": 413,
-    "headers_too_large": 431,
-    "cancelled": 499,
-    "internal": 500,
-    "model_failed": 500,
-    "unsupported": 501,
-    "unsupported_encoding": 501,
-    "model_not_ready": 503,
-    "queue_full": 503,
-    "shutting_down": 503,
-    "store_unavailable": 503,
-    "deadline_exceeded": 504,
-}
-_TITLES: Final = {
-    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-    408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 431: "Request Header Fields Too Large",
-    499: "Client Closed Request", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
-    504: "Gateway Timeout",
-}  # fmt: skip
+STATUSES: Final[Mapping[str, int]] = {code: kind.status for code, kind in ERRORS.items()}
+"""Code to status, as the contract has it."""
 DEFAULT_RETRY_AFTER_S: Final = 1.0
 Headers = list[tuple[bytes, bytes]]
 
@@ -60,8 +31,8 @@ def render(error: GatewayError, path: str, request_id: str, *, basic: bool = Fal
     if path.startswith("/api/"):
         content_type = b"application/problem+json"
         body = {
-            "type": f"urn:inferway:error:{error.code}",
-            "title": _TITLES[status],
+            "type": problem_type(error.code),
+            "title": ERRORS[error.code].title,
             "status": status,
             "detail": error.message,
             "code": error.code,

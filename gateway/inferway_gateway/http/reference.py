@@ -22,8 +22,8 @@ METHODS: Final = ("get", "post", "put", "patch", "delete")
 _MARKDOWN: Final = MarkdownIt("commonmark", {"html": False}).enable("table")
 _HEADING: Final = re.compile(r"<(/?)h2>")
 _NESTING: Final = 6
-_EVERYWHERE: Final = "X-Request-Id"
-"""A header of every request and every answer, which the introduction describes once."""
+_EVERYWHERE: Final = frozenset({"X-Request-Id", "Deprecation", "Sunset"})
+"""Headers of nearly every answer, which the introduction describes once."""
 Json = Mapping[str, Any]
 
 
@@ -155,7 +155,7 @@ def _operation(document: Json, path: str, method: str, item: Json, node: Json) -
                 p["in"],
             )
             for p in parameters
-            if p["name"] != _EVERYWHERE
+            if p["name"] not in _EVERYWHERE
         ),
         body_required=request.get("required", False),
         bodies=bodies,
@@ -170,7 +170,7 @@ def _answer(document: Json, status: str, node: Json) -> Answer:
     headers = tuple(
         Member(name, _kind(document, h["schema"]), h.get("required", False), _line(h.get("description", "")))
         for name, h in ((n, _resolve(document, h)) for n, h in response.get("headers", {}).items())
-        if name != _EVERYWHERE
+        if name not in _EVERYWHERE
     )
     return Answer(status, _line(response["description"]), headers, tuple(_bodies(document, response)))
 
