@@ -48,7 +48,10 @@ class RepositoryModel(Protocol):
     @property
     def error(self) -> str | None: ...
     @property
-    def fingerprint(self) -> Any: ...
+    def fingerprint(self) -> str: ...
+    @property
+    def version_fingerprints(self) -> Mapping[int, str]: ...
+    def artifact(self, version: int, /) -> Artifact: ...
 
 
 class Repository(Protocol):
@@ -56,6 +59,7 @@ class Repository(Protocol):
 
     def scan(self) -> Mapping[str, RepositoryModel]: ...
     def served_versions(self, model: Any, /) -> tuple[int, ...]: ...
+    def with_config(self, model: Any, config: dict[str, Any], /) -> RepositoryModel: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +96,9 @@ class _Model:
     states: dict[int, tuple[State, str]] = field(default_factory=dict)
     latest: ServedVersion | None = None
     problem: str | None = None
-    fingerprint: Any = None
+    fingerprint: str | None = None
+    loaded: dict[int, str] = field(default_factory=dict)
+    """Version to the fingerprint of the files that it was loaded from."""
     wanted: bool = True
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -223,9 +229,11 @@ class Registry:
             except OSError as error:
                 logger.warning("could not read the model repository: %s", error.strerror)
 
-    async def load(self, name: str) -> None:
-        """Load or reload a model by an operator's word; the old versions serve until the new ones are ready.
+    async def load(self, name: str, config: dict[str, Any] | None = None) -> None:
+        """Load a model by an operator's word, or reload what changed of it; the old serves until the new is ready.
 
+        Args:
+            config: in Triton's JSON form, takes the place of the model's own ``config.pbtxt``.
         Raises:
             ConflictError: the gateway does not take such words.
             ModelLoadError: with ``failed to load '<name>'`` and why; what served before serves on.
@@ -234,6 +242,11 @@ class Registry:
         found = (await self._in_loader(self._repository.scan)).get(name)
         if found is None:
             raise ModelLoadError(f"failed to load '{name}': no such model in the repository")
+        if config is not None:
+            try:
+                found = await self._in_loader(self._repository.with_config, found, config)
+            except ValueError as error:
+                raise ModelLoadError(_load_message(name, None, str(error))) from None
         model = self._models.setdefault(name, _Model(name))
         model.wanted = True
         await self._apply(model, found)
@@ -315,15 +328,24 @@ class Registry:
                 if version not in model.ready:
                     model.states[version] = ("LOADING", "")
             for version in wanted:
-                await self._load_version(model, found, version)
+                if model.loaded.get(version) != found.version_fingerprints.get(version):
+                    await self._load_version(model, found, version)
             for version in [v for v in model.states if v not in wanted]:
                 await self._retire(model, version)
                 model.states.pop(version, None)
 
     async def _load_version(self, model: _Model, found: RepositoryModel, version: int) -> None:
-        artifact = Artifact(model.name, version, found.versions[version], found.config)
         try:
-            session: Session = await self._in_loader(self._backend.open, artifact)
+            session: Session = await self._in_loader(self._backend.open, found.artifact(version))
+            stats = model.ready[version].stats if version in model.ready else ModelStats()
+            batcher = Batcher(
+                session,
+                found.config,
+                stats,
+                self._runners,
+                run_timeout_s=self._run_timeout_s,
+                name=f"'{model.name}' version {version}",
+            )
         except Exception as error:
             if isinstance(error, GatewayError):
                 reason = error.message
@@ -337,17 +359,10 @@ class Registry:
                 model.states[version] = ("READY", f"last reload failed: {reason}")
             return
         old = model.ready.get(version)
-        stats = old.stats if old is not None else ModelStats()
-        batcher = Batcher(
-            session,
-            found.config,
-            stats,
-            self._runners,
-            run_timeout_s=found.config.run_timeout_s or self._run_timeout_s,
-        )
         served = ServedVersion(model.name, version, found.config, session, batcher, stats)
         model.ready[version] = served
         model.states[version] = ("READY", "")
+        model.loaded[version] = found.version_fingerprints[version]
         model.latest = model.ready[max(model.ready)]
         profile = session.profile
         logger.info(
@@ -363,6 +378,7 @@ class Registry:
 
     async def _retire(self, model: _Model, version: int) -> None:
         served = model.ready.pop(version, None)
+        model.loaded.pop(version, None)
         model.latest = model.ready[max(model.ready)] if model.ready else None
         if served is not None:
             model.states[version] = ("UNLOADING", "")
@@ -377,7 +393,10 @@ class Registry:
         given_up = await served.batcher.drain(self._drain_timeout_s)
         if given_up:
             logger.warning("gave up on %d requests of '%s' version %d", given_up, served.name, served.version)
-        await served.batcher.close()
+        if not await served.batcher.close():
+            # A run that ignores its end still reads the session's memory: better to keep it than to crash.
+            logger.error("'%s' version %d has a run that does not end, its memory is kept", served.name, served.version)
+            return
         await self._in_loader(served.session.close)
         logger.info("'%s' version %d is unloaded", served.name, served.version)
 

@@ -10,7 +10,7 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from ..core.errors import (
     MalformedRequestError,
     NotFoundError,
 )
+from ..server.policy import EdgeStats
 from .infer import infer
 from .problems import STATUSES, render
 from .routes_oip import parse_version
@@ -77,14 +78,19 @@ class GatewayApplication(Starlette):
         self.router.redirect_slashes = False
         self._prefix = secrets.token_hex(6)
         self._count = itertools.count(1)
+        self.edge_stats = EdgeStats()
+        """Counted by the server that runs this application, where that is ours."""
+        self.begin_drain: Callable[[], None] = lambda: None
+        """Turns readiness false; to be called when the end begins."""
+        self.startup_problem: str | None = None
+        """Why the lifespan did not start, in words for the operator; None where it did, or where it is a defect."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1000})
                 return
-            scope["app"] = self
-            await self.router(scope, receive, send)
+            await self._lifespan(scope, receive, send)
             return
         started = perf_counter()
         scope["app"] = self
@@ -102,7 +108,7 @@ class GatewayApplication(Starlette):
             if target is not None:
                 route = _INFER_ROUTE if target[1] is None else _INFER_VERSION_ROUTE
                 principal = await authorise(state["authenticator"], scope["headers"], INFER_SCOPES)
-                assert principal is not None  # noqa: S101 - only a public route has none
+                assert principal is not None  # only a public route has none
                 scope["principal"] = principal
                 size = await infer(
                     scope,
@@ -145,6 +151,15 @@ class GatewayApplication(Starlette):
         if access_log is not None:
             access_log(scope, route, status, size, perf_counter() - started)
 
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without_traceback(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed" and self.startup_problem is not None:
+                message["message"] = ""
+            await send(message)
+
+        scope["app"] = self
+        await self.router(scope, receive, without_traceback)
+
     async def _answer(self, scope: Scope, send: Send, problem: GatewayError) -> int:
         route = scope.get("route")
         status, headers, body = render(
@@ -168,6 +183,11 @@ class GatewayApplication(Starlette):
                     return value
                 break
         return b"%s-%x" % (self._prefix.encode(), next(self._count))
+
+
+def is_inference(scope: Mapping[str, Any]) -> bool:
+    """Whether a request is for the inference route, whose answer may be there before it first has to wait."""
+    return scope["method"] == "POST" and scope["path"].endswith("/infer")
 
 
 def _infer_target(path: str) -> tuple[str, str | None] | None:

@@ -31,6 +31,9 @@ DISCONNECT_EXTENSION: Final = "inferway.disconnect"
 """Name of the ASGI extension by which our own server tells that a caller went away: a callable that takes a callback
 and returns the one that takes it back. Other servers tell it through ``receive``."""
 
+FIELDS: Final = "inferway.headers"
+"""Where our own server puts the headers as a dict, which it has made anyway."""
+
 _JOIN_BELOW_BYTES: Final = 64 * 1024
 _JSON: Final = (b"content-type", b"application/json")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
@@ -66,7 +69,7 @@ async def infer(
 async def _infer(
     scope: Scope, receive: Receive, send: Send, settings: Any, served: ServedVersion, started: float
 ) -> int:
-    headers = dict(scope["headers"])
+    headers = scope.get(FIELDS) or dict(scope["headers"])
     length = headers.get(b"content-length")
     head = headers.get(b"inference-header-content-length")
     header_length = None if head is None else _header_length(head)
@@ -151,7 +154,7 @@ async def _queued(scope: Scope, receive: Receive, batcher: Batcher, request: Inf
     if register is None:
         return await _watched(receive, batcher, request)
     task = asyncio.current_task()
-    assert task is not None  # noqa: S101 - an ASGI application always runs in a task
+    assert task is not None  # an ASGI application always runs in a task, or in our server's stand-in for one
     gone = False
 
     def leave() -> None:

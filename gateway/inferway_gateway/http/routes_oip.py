@@ -48,6 +48,11 @@ async def server_metadata(request: Request) -> Response:
     return json_response({"name": name, "version": __version__, "extensions": EXTENSIONS})
 
 
+async def metrics(request: Request) -> Response:
+    body, content_type = request.scope["state"]["metrics"].render(request.headers.get("accept", ""))
+    return Response(body, media_type=content_type)
+
+
 async def model_names(request: Request) -> Response:
     principal = _principal(request)
     return json_response({"models": [n for n in _registry(request).names() if principal.sees(n)]})
@@ -130,14 +135,22 @@ async def repository_index(request: Request) -> Response:
 
 async def repository_load(request: Request) -> Response:
     parameters = _parameters(await _json_object(request))
-    if parameters:
-        raise UnsupportedOperationError(
-            "expected no load parameters, got "
-            + ", ".join(f"'{key[:64]}'" for key in sorted(parameters))
-            + ": a model is configured by the files beside it"
-        )
+    files = [key for key in parameters if key.startswith("file:")]
+    if files:
+        raise UnsupportedOperationError("expected the model's files in the repository, not in the request")
+    unknown = sorted(parameters.keys() - {"config"})
+    if unknown:
+        raise MalformedRequestError(f"expected 'config' as the only load parameter, got '{unknown[0][:64]}'")
+    config = None
+    if "config" in parameters:
+        text = parameters["config"]
+        if type(text) is not str:
+            raise MalformedRequestError("expected 'config' to be a string that holds a model configuration in JSON")
+        config = load_json(text.encode("utf-8", "surrogatepass"), request.scope["state"]["settings"].json_limit_bytes)
+        if type(config) is not dict:
+            raise MalformedRequestError("expected 'config' to hold a JSON object")
     name = request.path_params["model"]
-    await _registry(request).load(name)
+    await _registry(request).load(name, config)
     return json_response({"name": name, "load": True})
 
 

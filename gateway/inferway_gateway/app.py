@@ -1,0 +1,201 @@
+"""The composition root: settings in, application out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final, TypedDict
+
+from starlette.applications import Starlette
+
+from .backends.onnx import OnnxBackend
+from .core.errors import StoreUnavailableError
+from .core.keys import Authenticator, KeyService
+from .core.registry import Registry
+from .core.runners import RunnerPool
+from .http import routes_docs, routes_keys, routes_oip
+from .http.application import GatewayApplication, InferRoute
+from .http.logs import access_log
+from .http.metrics import Metrics
+from .http.routing import ApiRoute
+from .settings import Settings
+from .store.database import open_keys
+from .store.repository import ModelRepository
+from .store.state import StateError
+
+logger = logging.getLogger("inferway")
+
+READ: Final = frozenset({"read"})
+INFER_OR_READ: Final = frozenset({"infer", "read"})
+DEPLOY: Final = frozenset({"deploy"})
+ADMIN: Final = frozenset({"admin"})
+
+
+class ExposureError(Exception):
+    """The gateway would be open to other machines; the message says what to do."""
+
+
+class State(TypedDict):
+    """What the lifespan gives to every request."""
+
+    settings: Settings
+    registry: Registry
+    authenticator: Authenticator | None
+    keys: KeyService
+    metrics: Metrics
+    access_log: Callable[..., None] | None
+
+
+def routes() -> list[ApiRoute]:
+    """Every route of the gateway with the scopes that open it. The contract lists the same, a test compares."""
+    oip = routes_oip
+    model = "/v2/models/{model}"
+    version = model + "/versions/{version}"
+    repository = "/v2/repository"
+    named = repository + "/{repository}"
+    keys = "/api/v1/keys"
+    return [
+        ApiRoute("/v2/health/live", oip.live, "GET", public=True),
+        ApiRoute("/v2/health/ready", oip.ready, "GET", public=True),
+        ApiRoute("/v2", oip.server_metadata, "GET", scopes=INFER_OR_READ),
+        ApiRoute("/v2/models", oip.model_names, "GET", scopes=INFER_OR_READ),
+        ApiRoute("/v2/models/stats", oip.all_stats, "GET", scopes=READ),
+        *(
+            route
+            for base in (model, version)
+            for route in (
+                ApiRoute(base, oip.model_metadata, "GET", scopes=INFER_OR_READ),
+                ApiRoute(base + "/ready", oip.model_ready, "GET", scopes=INFER_OR_READ),
+                ApiRoute(base + "/config", oip.model_config, "GET", scopes=READ),
+                ApiRoute(base + "/stats", oip.model_stats, "GET", scopes=READ),
+                InferRoute(base + "/infer"),
+            )
+        ),
+        ApiRoute(repository + "/index", oip.repository_index, "POST", scopes=READ),
+        ApiRoute(repository + "/models/{model}/load", oip.repository_load, "POST", scopes=DEPLOY),
+        ApiRoute(repository + "/models/{model}/unload", oip.repository_unload, "POST", scopes=DEPLOY),
+        ApiRoute(named + "/index", oip.named_repository, "POST", scopes=READ),
+        ApiRoute(named + "/models/{model}/load", oip.named_repository, "POST", scopes=DEPLOY),
+        ApiRoute(named + "/models/{model}/unload", oip.named_repository, "POST", scopes=DEPLOY),
+        ApiRoute("/metrics", oip.metrics, "GET", scopes=READ),
+        ApiRoute("/openapi.json", routes_docs.openapi_json, "GET", basic=True),
+        ApiRoute("/docs", routes_docs.docs_page, "GET", basic=True),
+        ApiRoute(keys, routes_keys.list_keys, "GET", scopes=ADMIN),
+        ApiRoute(keys, routes_keys.create_key, "POST", scopes=ADMIN),
+        ApiRoute(keys + "/self", routes_keys.get_self, "GET"),
+        ApiRoute(keys + "/{key_id}", routes_keys.get_key, "GET", scopes=ADMIN),
+        ApiRoute(keys + "/{key_id}", routes_keys.revoke_key, "DELETE", scopes=ADMIN),
+        ApiRoute(keys + "/{key_id}/rotate", routes_keys.rotate_key, "POST", scopes=ADMIN),
+    ]
+
+
+def create_app(settings: Settings) -> GatewayApplication:
+    """The gateway as an ASGI application. Nothing is opened before its lifespan begins.
+
+    Args:
+        settings: validated; ``model_dir`` has to be set.
+    Raises:
+        ValueError: ``model_dir`` is not set.
+    """
+    if settings.model_dir is None:
+        raise ValueError("expected the setting model_dir, a model repository to serve")
+    model_dir = settings.model_dir
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[State]:
+        try:
+            async with opened() as state:
+                yield state
+        except (ExposureError, StateError, StoreUnavailableError) as error:
+            app.startup_problem = str(error)
+            raise
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[State]:
+        # Opened in the order in which they lean on each other, closed in reverse: the registry drains its models
+        # before the threads that run them end.
+        async with AsyncExitStack() as stack:
+            runners = await stack.enter_async_context(RunnerPool(settings.cpus))
+            backend = OnnxBackend(
+                settings.providers,
+                cpus=settings.cpus,
+                inline_threshold_s=settings.inline_threshold_s,
+                trial=settings.trial,
+                load_budget_s=settings.load_budget_s,
+            )
+            registry = Registry(
+                ModelRepository(model_dir),
+                backend,
+                runners,
+                control=settings.model_control,
+                load_models=settings.load_models,
+                poll_interval_s=settings.poll_interval_s,
+                run_timeout_s=settings.run_timeout_s,
+                drain_timeout_s=settings.drain_timeout_s,
+                strict_readiness=settings.strict_readiness,
+            )
+            stack.push_async_callback(registry.close)
+            pepper = settings.key_pepper
+            keys = await stack.enter_async_context(
+                open_keys(
+                    database_url=settings.database(),
+                    state_dir=settings.state_dir,
+                    pepper=pepper.get_secret_value() if pepper is not None else None,
+                    ttl_s=settings.key_cache_ttl_s,
+                )
+            )
+            await _check_exposure(settings, keys.service)
+            metrics = Metrics(lambda: ((s.name, s.version, s.stats, True) for s in registry.served()), app.edge_stats)
+            app.begin_drain = registry.begin_drain
+            loading = asyncio.create_task(registry.run(), name="inferway-registry")
+            stack.push_async_callback(_end, loading)
+            yield State(
+                settings=settings,
+                registry=registry,
+                authenticator=keys.authenticator if settings.auth else None,
+                keys=keys.service,
+                metrics=metrics,
+                access_log=access_log() if settings.access_log else None,
+            )
+
+    app = GatewayApplication(routes(), lifespan)
+    return app
+
+
+async def _check_exposure(settings: Settings, keys: KeyService) -> None:
+    """Refuse to be reachable by others without anything that holds them off.
+
+    Raises:
+        ExposureError: the address is not loopback, no key could open anything, or authentication is off.
+    """
+    has_keys = await keys.any_usable()
+    if settings.loopback:
+        if settings.auth and not has_keys:
+            logger.warning("no API key exists yet: 'inferway keys create --name NAME --scopes infer read' makes one")
+        return
+    problem = None
+    if not settings.auth:
+        problem = "authentication is off"
+    elif not has_keys:
+        problem = "there is no API key"
+    if problem is None:
+        return
+    if not settings.insecure:
+        raise ExposureError(
+            f"refusing to listen on {settings.host}, which other machines may reach: {problem}. "
+            "Make a key with 'inferway keys create', or say --insecure"
+        )
+    logger.warning("INSECURE: listening on %s, which other machines may reach, and %s", settings.host, problem)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Stop the registry's task; an error of its own is logged, for by now nobody else would see it."""
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        pass
+    except Exception:
+        logger.exception("loading the model repository failed")
