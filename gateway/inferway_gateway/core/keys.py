@@ -850,6 +850,6 @@ def _position(cursor: str) -> tuple[datetime, str]:
         created_at = datetime.fromisoformat(moment)
     except ValueError:  # binascii.Error and UnicodeDecodeError are ValueErrors
         raise InvalidParameterError("expected a cursor that a page of keys gave, got another text") from None
-    if created_at.utcoffset() != timedelta(0):
+    if created_at.utcoffset() != timedelta(0) or not _ID.fullmatch(key_id):
         raise InvalidParameterError("expected a cursor that a page of keys gave, got another text")
     return created_at, key_id

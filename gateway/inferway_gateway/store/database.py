@@ -144,6 +144,10 @@ def _shut(driver: Any) -> None:
         _log.debug("nothing was left to end: %s", type(error).__name__)
 
 
+class _TakenError(ConflictError):
+    """A unique value is in the database already."""
+
+
 class KeyDatabase:
     """The store of keys: ``KeyStore`` of ``core/keys.py``, over SQL. Used from one event loop."""
 
@@ -223,7 +227,7 @@ class KeyDatabase:
 
         try:
             await self._call(work, write=True)
-        except IntegrityError:
+        except _TakenError:
             # Two requests with one token came at the same time, and the other was first: now it is found.
             await self._call(work, write=True)
 
@@ -277,8 +281,8 @@ class KeyDatabase:
         Being cancelled leaves the thread to finish, or to be ended when its time is up.
 
         Raises:
-            StoreUnavailableError: for everything that the database or the clock has against it.
-            IntegrityError: something unique is there already.
+            StoreUnavailableError: for everything else that the database or the clock has against it.
+            _TakenError: something unique is there already.
         """
         job = _Work()
         future = self._threads.submit(self._run, work, write, job)
@@ -286,8 +290,8 @@ class KeyDatabase:
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await asyncio.wrap_future(future)
-        except IntegrityError:
-            raise
+        except IntegrityError as error:
+            raise _TakenError("expected a key of its own, got one that the database has already") from error
         except (TimeoutError, SQLAlchemyError) as error:
             reason = error.orig if isinstance(error, DBAPIError) else error
             _log.warning("the key database failed: %s: %s", type(reason).__name__, str(reason).strip() or "no answer")

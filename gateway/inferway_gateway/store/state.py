@@ -128,10 +128,12 @@ def _read_private(file: Path) -> str:
         if error.errno == errno.ELOOP:
             raise StateError(f"expected '{file}' to be a file, got a symbolic link") from error
         raise
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         # Of the open file, not of its name: that could mean another file by now.
-        status = os.fstat(stream.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise StateError(f"expected '{file}' to be a file, got something else")
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _PEPPER_FILE_LIMIT:
+            raise StateError(f"expected '{file}' to be a file of up to {_PEPPER_FILE_LIMIT} bytes, got something else")
         check_private(file, status.st_mode)
-        return stream.read(_PEPPER_FILE_LIMIT).decode("ascii", "replace")
+        return os.read(descriptor, _PEPPER_FILE_LIMIT).decode("ascii", "replace")
+    finally:
+        os.close(descriptor)

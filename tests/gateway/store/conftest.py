@@ -1,0 +1,114 @@
+"""A PostgreSQL server of our own, and one database URL per kind of database."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+_NAMES = count(1)
+
+
+@dataclass
+class PostgresServer:
+    """A server on a Unix socket in its own directory, without durability."""
+
+    binaries: Path
+    directory: Path
+    user: str | None
+    """Who runs it: PostgreSQL refuses root."""
+
+    def run(self, program: str, *arguments: str) -> None:
+        subprocess.run(
+            [self.binaries / program, *arguments],
+            user=self.user,
+            group=None if self.user is None else pwd.getpwnam(self.user).pw_gid,
+            extra_groups=None if self.user is None else [],
+            cwd=self.directory,
+            env={"PATH": os.defpath, "LC_ALL": "C", "PGPASSFILE": "/nonexistent"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            check=True,
+            timeout=60,
+        )
+
+    def create(self) -> None:
+        data = str(self.directory / "data")
+        self.run("initdb", "-D", data, "-U", "inferway", "--auth=trust", "-E", "UTF8", "--no-locale", "--no-sync")
+
+    def control(self, *action: str) -> None:
+        """``pg_ctl``: start, stop or restart, and wait until it is so."""
+        options = f"-F -k {self.directory} -c listen_addresses='' -c max_connections=50 -c shared_buffers=16MB"
+        log = str(self.directory / "log")
+        start = [] if action[0] == "stop" else ["-o", options, "-l", log]
+        self.run("pg_ctl", "-D", str(self.directory / "data"), "-w", *start, *action)
+
+    def url(self, database: str, role: str = "inferway") -> str:
+        return f"postgresql://{role}@/{database}?host={self.directory}"
+
+    def new_database(self) -> str:
+        """The URL of an empty database."""
+        name = f"keys_{next(_NAMES)}"
+        self.run("createdb", "-h", str(self.directory), "-U", "inferway", name)
+        return self.url(name)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the server and every process of it."""
+        main = int((self.directory / "data" / "postmaster.pid").read_text().split("\n", 1)[0])
+        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        for pid in (main, *map(int, children)):
+            os.kill(pid, number)
+
+
+def _binaries() -> Path | None:
+    found = shutil.which("initdb")
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
+    candidates = [*versions, *([Path(found).resolve()] if found else [])]
+    return candidates[-1].parent if candidates else None
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A running server. Where PostgreSQL is not installed, tests are skipped, or fail if services are required."""
+    binaries = _binaries()
+    if binaries is None:
+        words = "no PostgreSQL server is installed (initdb is neither in /usr/lib/postgresql/*/bin nor on the PATH)"
+        if os.environ.get("INFERWAY_REQUIRE_SERVICES") == "1":
+            pytest.fail(words)
+        pytest.skip(words)
+    # Not pytest's own directory: another user could not reach what is below it. Short, for the socket's sake.
+    directory = Path(tempfile.mkdtemp(prefix="inferway-pg-"))
+    user = None
+    if os.geteuid() == 0:
+        known = {entry.pw_name for entry in pwd.getpwall()}
+        user = "postgres" if "postgres" in known else "nobody"
+        entry = pwd.getpwnam(user)
+        os.chown(directory, entry.pw_uid, entry.pw_gid)
+    server = PostgresServer(binaries, directory, user)
+    try:
+        server.create()
+        server.control("start")
+        try:
+            yield server
+        finally:
+            server.control("stop", "-m", "immediate")
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/inferway.db"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.new_database()
