@@ -6,13 +6,15 @@ assumed to be good. The seconds that runs of 1, 2, 4, ... rows took at load are 
 happens corrects it, and the target is the smallest number of rows beyond which rows per second no longer rise.
 
 What a live run takes differs from the best of several at load: other threads compete, caches are cold. That slows
-every size alike, and a naive average would see only the visited sizes become slower, and wander off to the others.
-Therefore a curve keeps one factor for what befell all sizes, the drift, and for each size its own evidence, which
-pulls away from the drift by as much as it weighs and fades while the size is not run. A size that was never run
-follows the drift.
+every size alike, and an average for each size would see only the visited ones become slower, and wander off to the
+others. So the curve is a Kalman filter on the logarithm of how far each size is from what was first believed. What it
+believes beforehand: sizes are wrong together, the nearer the more so; and with time all of them drift, mostly in
+common. A size that was never run thus follows its neighbours, one that was run long ago keeps its place among them,
+and a run counts for as much as is not known yet. Source: R. E. Kalman, "A New Approach to Linear Filtering and
+Prediction Problems", 1960, for a random walk observed one element at a time.
 
-Sizes above the target are visited now and then while more rows wait than the target takes (one run in
-``EXPLORE_EVERY``, one step up, and only where the loss could be small), so that a curve that begins to rise is found.
+While rows wait, one run in ``EXPLORE_EVERY`` takes one step more than the target, or one less, by turns. It does so
+only where the other size may be better for all that is known, and is not believed to lose much.
 """
 
 from __future__ import annotations
@@ -22,23 +24,30 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 from .backend import CostPoint
 
 ROWS_BOUND: Final = 1024
 """A curve looks no further; a model that gains beyond that is so cheap by row that nobody would notice."""
 EXPLORE_EVERY: Final = 32
-EXPLORE_AT_LEAST: Final = 0.85
+EXPLORE_AT_LEAST: Final = 0.75
 """Rows per second that a size must promise, as a share of the target's, to be tried."""
 
 _GROW: Final = 1.03  # rows/s must rise by that much for more rows, or waiting and padding are spent on noise
 _KEEP: Final = 1.01  # and by that much to stay there, so that the target does not flutter
 _GROW_SLOW: Final = 1.10  # where a run already takes _SLOW_S, a little more throughput is not worth doubling it
 _SLOW_S: Final = 0.1
-_PRIOR_WEIGHT: Final = 4.0
-_ANCHOR_WEIGHT: Final = 0.5
-_EVIDENCE_BOUND: Final = 24.0
-_FADE: Final = 0.997
-_OUTLIER: Final = 4.0
+_COMMON_VARIANCE: Final = 0.5**2  # a load-time measurement may be off by a half for all sizes alike
+_OWN_VARIANCE: Final = 0.15**2  # and by a sixth for each
+_UNKNOWN_COMMON_VARIANCE: Final = 1e4  # without a measurement by any factor for all
+_UNKNOWN_OWN_VARIANCE: Final = 0.5**2  # and by a half for each
+_NEARNESS: Final = 0.95  # correlation of two neighbouring sizes' own errors
+_NOISE: Final = 0.15**2  # of a single run
+_COMMON_DRIFT: Final = 0.02**2  # for each run
+_OWN_DRIFT: Final = 0.003**2  # for each run
+_OUTLIER: Final = 3.0  # standard deviations of what was expected; more counts as that
+_CURIOSITY: Final = 2.0
 _CLASSES_PER_OCTAVE: Final = 4
 _CURVES_BOUND: Final = 64
 
@@ -55,8 +64,7 @@ class CostCurve:
     """
 
     __slots__ = (
-        "_anchor", "_drift", "_evidence", "_factor", "_lone", "_prior",
-        "_relative", "_seconds", "_sizes", "_target", "_turn",
+        "_covariance", "_known", "_lone", "_offset", "_prior", "_seconds", "_sizes", "_target", "_turn", "_walk",
     )  # fmt: skip
 
     def __init__(
@@ -69,12 +77,17 @@ class CostCurve:
         drift: float = 1.0,
     ) -> None:
         self._sizes = tuple(sizes)
-        self._prior = tuple(prior)
-        self._relative = relative
+        self._prior = np.log(np.asarray(prior, dtype=np.float64))
+        self._known = not relative
         self._lone = lone_rows
-        self._anchor = self._drift = drift
-        self._factor = [1.0] * len(self._sizes)
-        self._evidence = [0.0] * len(self._sizes)
+        self._offset = np.full(len(self._sizes), math.log(drift))
+        index = np.arange(len(self._sizes))
+        shape = _NEARNESS ** np.abs(index[:, None] - index[None, :])
+        own, common = _OWN_VARIANCE, _COMMON_VARIANCE
+        if relative:
+            own, common = _UNKNOWN_OWN_VARIANCE, _UNKNOWN_COMMON_VARIANCE
+        self._covariance = shape * own + common
+        self._walk = shape * _OWN_DRIFT + _COMMON_DRIFT
         self._seconds: list[float] = []
         self._target = 0
         self._turn = 0
@@ -83,11 +96,12 @@ class CostCurve:
     @property
     def known(self) -> bool:
         """Whether ``seconds`` are seconds: something was measured, at load or since."""
-        return not self._relative
+        return self._known
 
     @property
     def drift(self) -> float:
-        return self._drift
+        """How much slower than was known beforehand a run at the target is."""
+        return math.exp(self._offset[self._target])
 
     @property
     def target(self) -> int:
@@ -112,52 +126,49 @@ class CostCurve:
         return best
 
     def limit(self, available: int) -> int:
-        """How many rows the next run may take when ``available`` wait: the target, or one step more to look.
+        """How many rows the next run may take when ``available`` wait: the target, or a step more or less to look.
 
         Every call stands for one run.
         """
         target = self._target
-        if available > self._sizes[target] and target + 1 < len(self._sizes):
+        if available > self._sizes[target]:
             self._turn += 1
-            if self._turn >= EXPLORE_EVERY:
-                self._turn = 0
-                if self._rate(target + 1) >= EXPLORE_AT_LEAST * self._rate(target):
-                    return self._sizes[target + 1]
+            if self._turn % EXPLORE_EVERY == 0:
+                other = target + (1 if self._turn % (2 * EXPLORE_EVERY) else -1)
+                if 0 <= other < len(self._sizes) and self._promising(other):
+                    return self._sizes[other]
         return self._sizes[target]
+
+    def _promising(self, other: int) -> bool:
+        believed = self._rate(other) / self._rate(self._target)
+        at, known = self._target, self._covariance
+        # A curve whose height was wrong by much is not trusted in its shape either.
+        wrong = abs(float(self._offset[at]))
+        doubt = math.sqrt(max(known[at, at] + known[other, other] - 2 * known[at, other], 0.0))
+        return believed >= EXPLORE_AT_LEAST * math.exp(-wrong) and math.log(believed) + _CURIOSITY * doubt + wrong > 0.0
 
     def learn(self, rows: int, seconds: float) -> None:
         """Take in one run: ``rows`` rows as they were run, padding included, took ``seconds``."""
         sizes = self._sizes
-        ratio = seconds / _between(sizes, self._prior, rows)
         at = bisect_left(sizes, rows)
         if at == len(sizes) or (at and rows * rows < sizes[at - 1] * sizes[at]):
             at -= 1  # the nearer neighbour, sizes taken as a geometric series
-        if self._relative:
-            self._relative = False
-            self._anchor = ratio
-        else:
-            # A page fault or a processor taken away may cost a hundredfold once: it counts as a slow run, no more.
-            believed = self._seconds[at] / self._prior[at]
-            ratio = min(max(ratio, believed / _OUTLIER), believed * _OUTLIER)
-        evidence = self._evidence
-        for i in range(len(evidence)):
-            evidence[i] *= _FADE
-        weight = evidence[at] = min(evidence[at] + 1.0, _EVIDENCE_BOUND)
-        factor = self._factor
-        factor[at] = ratio if weight <= 1.0 else factor[at] + (ratio - factor[at]) / weight
-        weighed = sum(w * f for w, f in zip(evidence, factor, strict=True))
-        self._drift = (weighed + _ANCHOR_WEIGHT * self._anchor) / (sum(evidence) + _ANCHOR_WEIGHT)
+        self._known = True
+        self._covariance += self._walk
+        toward = self._covariance[at].copy()
+        expected = toward[at] + _NOISE
+        # A page fault or a processor taken away may cost a hundredfold once: it counts as a slow run, no more.
+        most = _OUTLIER * math.sqrt(expected)
+        surprise = math.log(max(seconds, 1e-9) / self.seconds(rows))
+        self._offset += toward * (min(max(surprise, -most), most) / expected)
+        self._covariance -= toward[:, None] * (toward / expected)
         self._refresh()
 
     def _rate(self, at: int) -> float:
         return self._sizes[at] / self._seconds[at]
 
     def _refresh(self) -> None:
-        drift = self._drift * _PRIOR_WEIGHT
-        self._seconds = [
-            prior * (weight * factor + drift) / (weight + _PRIOR_WEIGHT)
-            for prior, weight, factor in zip(self._prior, self._evidence, self._factor, strict=True)
-        ]
+        self._seconds = np.exp(self._prior + self._offset).tolist()
         if self._lone > 1:
             # A lone row costs what its padded run costs; without this a padded model would seem to gain nothing.
             rest, costs = self._sizes[1:], self._seconds[1:]
