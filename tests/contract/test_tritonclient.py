@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import tritonclient.http
@@ -15,9 +17,8 @@ from tritonclient.http import InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 from inferway_contract.names import EXTENSIONS
-
-if TYPE_CHECKING:
-    from conftest import Gateway
+from live import LiveGateway
+from models import corrupt, write_repository
 
 DTYPES = {
     "BOOL": np.bool_,
@@ -35,6 +36,10 @@ DTYPES = {
 }
 ONE = np.arange(16, dtype=np.int32).reshape(1, 16)
 TWO = np.full((1, 16), 3, np.int32)
+
+
+def authorised(gateway: LiveGateway) -> dict[str, str]:
+    return {"Authorization": f"Bearer {gateway.admin_key}"}
 
 
 class Client:
@@ -56,13 +61,13 @@ class Client:
 
 
 @pytest.fixture(params=["sync", "asyncio"])
-async def client(request: pytest.FixtureRequest, served: Gateway) -> AsyncIterator[Client]:
+async def client(request: pytest.FixtureRequest, gateway: LiveGateway) -> AsyncIterator[Client]:
     if request.param == "sync":
-        with tritonclient.http.InferenceServerClient(served.host) as sync:
-            yield Client(sync, served.headers)
+        with tritonclient.http.InferenceServerClient(gateway.url.removeprefix("http://")) as sync:
+            yield Client(sync, authorised(gateway))
     else:
-        async with tritonclient.http.aio.InferenceServerClient(served.host) as asynchronous:
-            yield Client(asynchronous, served.headers)
+        async with tritonclient.http.aio.InferenceServerClient(gateway.url.removeprefix("http://")) as asynchronous:
+            yield Client(asynchronous, authorised(gateway))
 
 
 def tensor(name: str, value: NDArray[Any], datatype: str, *, binary: bool) -> InferInput:
@@ -81,9 +86,9 @@ def pair(*, binary: bool = True, one: NDArray[Any] = ONE, two: NDArray[Any] = TW
 async def test_the_server_and_its_models_are_live_and_ready(client: Client) -> None:
     assert await client.is_server_live() is True
     assert await client.is_server_ready() is True
-    assert await client.is_model_ready("add_sub") is True
-    assert await client.is_model_ready("add_sub", "2") is True
-    assert await client.is_model_ready("add_sub", "3") is False
+    assert await client.is_model_ready("simple") is True
+    assert await client.is_model_ready("simple", "2") is True
+    assert await client.is_model_ready("simple", "3") is False
     assert await client.is_model_ready("no_such_model") is False
 
 
@@ -95,8 +100,8 @@ async def test_the_server_metadata_names_the_extensions(client: Client) -> None:
 
 async def test_the_model_metadata_is_the_signature(client: Client) -> None:
     for version in ("", "1"):
-        metadata = await client.get_model_metadata("add_sub", version)
-        assert metadata["name"] == "add_sub"
+        metadata = await client.get_model_metadata("simple", version)
+        assert metadata["name"] == "simple"
         assert metadata["versions"] == ["1", "2"]
         assert metadata["platform"] == "onnxruntime_onnx"
         assert metadata["inputs"] == [
@@ -107,8 +112,8 @@ async def test_the_model_metadata_is_the_signature(client: Client) -> None:
 
 
 async def test_the_model_configuration_is_tritons(client: Client) -> None:
-    config = await client.get_model_config("add_sub")
-    assert config["name"] == "add_sub"
+    config = await client.get_model_config("simple")
+    assert config["name"] == "simple"
     assert config["max_batch_size"] > 0
     assert config["input"][0]["data_type"] == "TYPE_INT32"
     assert config["input"][0]["dims"] == [16]
@@ -116,15 +121,15 @@ async def test_the_model_configuration_is_tritons(client: Client) -> None:
 
 
 async def test_the_statistics_count_rows_and_runs(client: Client) -> None:
-    before = (await client.get_inference_statistics("add_sub", "2"))["model_stats"][0]
+    before = (await client.get_inference_statistics("simple", "2"))["model_stats"][0]
     three = np.repeat(ONE, 3, axis=0)
-    await client.infer("add_sub", pair(one=three, two=three), model_version="2")
-    after = (await client.get_inference_statistics("add_sub", "2"))["model_stats"][0]
+    await client.infer("simple", pair(one=three, two=three), model_version="2")
+    after = (await client.get_inference_statistics("simple", "2"))["model_stats"][0]
     assert after["inference_count"] - before["inference_count"] == 3
     assert after["execution_count"] - before["execution_count"] == 1
     assert after["inference_stats"]["success"]["count"] - before["inference_stats"]["success"]["count"] == 1
     everything = (await client.get_inference_statistics())["model_stats"]
-    assert {"add_sub", "classifier", "text"} <= {s["name"] for s in everything}
+    assert {"simple", "classifier", "strings"} <= {s["name"] for s in everything}
 
 
 # ---- the repository
@@ -133,8 +138,7 @@ async def test_the_statistics_count_rows_and_runs(client: Client) -> None:
 async def test_the_repository_index_lists_every_model(client: Client) -> None:
     index = await client.get_model_repository_index()
     states = {(m["name"], m["version"]): m["state"] for m in index}
-    assert states["add_sub", "1"] == states["add_sub", "2"] == "READY"
-    assert "broken" in {m["name"] for m in index}
+    assert states["simple", "1"] == states["simple", "2"] == "READY"
 
 
 async def test_a_model_is_unloaded_and_loaded_again(client: Client) -> None:
@@ -144,14 +148,20 @@ async def test_a_model_is_unloaded_and_loaded_again(client: Client) -> None:
     assert await client.is_model_ready("scalar") is True
 
 
-async def test_a_model_that_cannot_be_loaded_says_why(client: Client) -> None:
-    with pytest.raises(InferenceServerException, match="failed to load 'broken'") as caught:
-        await client.load_model("broken")
-    assert caught.value.status() == "400"
-    index = await client.get_model_repository_index()
-    (entry,) = [m for m in index if m["name"] == "broken"]
-    assert entry["state"] == "UNAVAILABLE"
-    assert entry["reason"]
+async def test_a_model_that_cannot_be_loaded_says_why(client: Client, gateway: LiveGateway) -> None:
+    write_repository(gateway.repository, {"broken": corrupt()["html"]})
+    try:
+        with pytest.raises(InferenceServerException, match="failed to load 'broken'") as caught:
+            await client.load_model("broken")
+        assert caught.value.status() == "400"
+        index = await client.get_model_repository_index()
+        (entry,) = [m for m in index if m["name"] == "broken"]
+        assert entry["state"] == "UNAVAILABLE"
+        assert entry["reason"]
+        assert await client.is_model_ready("broken") is False
+        await client.unload_model("broken")
+    finally:
+        shutil.rmtree(gateway.repository / "broken")
 
 
 # ---- inference
@@ -165,7 +175,7 @@ async def test_json_and_binary_tensors_mix(client: Client, binary_in: bool, bina
         InferRequestedOutput("OUTPUT1", binary_data=binary_out),
         InferRequestedOutput("OUTPUT0", binary_data=not binary_out),
     ]
-    result = await client.infer("add_sub", inputs, outputs=outputs, request_id="mine")
+    result = await client.infer("simple", inputs, outputs=outputs, request_id="mine")
     response = result.get_response()
     assert response["id"] == "mine"
     assert response["model_version"] == "2"
@@ -176,19 +186,19 @@ async def test_json_and_binary_tensors_mix(client: Client, binary_in: bool, bina
 
 
 async def test_only_the_requested_output_comes(client: Client) -> None:
-    result = await client.infer("add_sub", pair(), outputs=[InferRequestedOutput("OUTPUT1")])
+    result = await client.infer("simple", pair(), outputs=[InferRequestedOutput("OUTPUT1")])
     assert result.as_numpy("OUTPUT0") is None
     np.testing.assert_array_equal(result.as_numpy("OUTPUT1"), ONE - TWO)
 
 
 async def test_a_version_is_picked(client: Client) -> None:
-    result = await client.infer("add_sub", pair(), model_version="1")
+    result = await client.infer("simple", pair(), model_version="1")
     assert result.get_response()["model_version"] == "1"
 
 
 async def test_priority_timeout_and_own_parameters_are_taken(client: Client) -> None:
     result = await client.infer(
-        "add_sub", pair(), priority=1, timeout=5_000_000, parameters={"tag": "a", "share": 0.5, "dry": True}
+        "simple", pair(), priority=1, timeout=5_000_000, parameters={"tag": "a", "share": 0.5, "dry": True}
     )
     np.testing.assert_array_equal(result.as_numpy("OUTPUT0"), ONE + TWO)
 
@@ -196,10 +206,12 @@ async def test_priority_timeout_and_own_parameters_are_taken(client: Client) -> 
 @pytest.mark.parametrize("binary", [True, False])
 async def test_every_datatype_comes_back_as_it_was(client: Client, binary: bool) -> None:
     random = np.random.default_rng(5)
-    inputs, sent = [], {}
+    inputs: list[InferInput] = []
+    sent: dict[str, NDArray[Any]] = {}
     for datatype, dtype in DTYPES.items():
         raw = random.integers(0, 2 if datatype == "BOOL" else 100, (2, 3))
-        sent[datatype.lower()] = value = raw.astype(dtype)
+        value: NDArray[Any] = raw.astype(dtype)
+        sent[datatype.lower()] = value
         # FP16 has no JSON form, in Triton neither.
         inputs.append(tensor(datatype.lower(), value, datatype, binary=binary or datatype == "FP16"))
     sent["bytes"] = np.array([[b"", b"a\0b", "\u00e9".encode()], [b"x" * 300, b'"\\', b"\0"]], object)
@@ -239,7 +251,7 @@ async def test_nan_and_infinities_survive_json(client: Client) -> None:
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 async def test_tensors_without_elements_keep_their_shape(client: Client, shape: tuple[int, int]) -> None:
     value = np.empty(shape, object)
-    result = await client.infer("text", [tensor("x", value, "BYTES", binary=True)])
+    result = await client.infer("strings", [tensor("x", value, "BYTES", binary=True)])
     assert result.as_numpy("y").shape == shape
 
 
@@ -249,7 +261,7 @@ async def test_bodies_are_compressed_both_ways(
     client: Client, request_coding: str | None, response_coding: str | None
 ) -> None:
     result = await client.infer(
-        "add_sub",
+        "simple",
         pair(),
         request_compression_algorithm=request_coding,
         response_compression_algorithm=response_coding,
@@ -271,24 +283,22 @@ async def test_classification_names_the_best_classes(client: Client) -> None:
 
 async def test_a_large_tensor_goes_both_ways(client: Client) -> None:
     value = np.random.default_rng(0).integers(-1000, 1000, (65_536, 16)).astype(np.int32)
-    result = await client.infer("add_sub", pair(one=value, two=value), outputs=[InferRequestedOutput("OUTPUT0")])
+    result = await client.infer("simple", pair(one=value, two=value), outputs=[InferRequestedOutput("OUTPUT0")])
     np.testing.assert_array_equal(result.as_numpy("OUTPUT0"), 2 * value)
 
 
-def test_the_synchronous_client_sends_many_at_once(served: Gateway) -> None:
-    with tritonclient.http.InferenceServerClient(served.host, concurrency=8) as client:
+def test_the_synchronous_client_sends_many_at_once(gateway: LiveGateway) -> None:
+    with tritonclient.http.InferenceServerClient(gateway.url.removeprefix("http://"), concurrency=8) as client:
         sent = [ONE + i for i in range(32)]
-        pending = [client.async_infer("add_sub", pair(one=one), headers=served.headers) for one in sent]
+        pending = [client.async_infer("simple", pair(one=one), headers=authorised(gateway)) for one in sent]
         for one, answer in zip(sent, pending, strict=True):
             np.testing.assert_array_equal(answer.get_result().as_numpy("OUTPUT0"), one + TWO)
 
 
-def test_a_body_made_by_the_client_alone_is_understood(served: Gateway) -> None:
-    import httpx
-
+def test_a_body_made_by_the_client_alone_is_understood(gateway: LiveGateway) -> None:
     body, length = tritonclient.http.InferenceServerClient.generate_request_body(pair())
-    headers = {**served.headers, "Inference-Header-Content-Length": str(length)}
-    answer = httpx.post(f"{served.url}/v2/models/add_sub/infer", content=body, headers=headers)
+    headers = {**authorised(gateway), "Inference-Header-Content-Length": str(length)}
+    answer = httpx.post(f"{gateway.url}/v2/models/simple/infer", content=body, headers=headers)
     result = tritonclient.http.InferenceServerClient.parse_response_body(
         answer.content, header_length=int(answer.headers["Inference-Header-Content-Length"])
     )
@@ -309,34 +319,34 @@ async def refused(call: Any) -> tuple[str, str]:
 async def test_errors_have_a_status_and_one_sentence(client: Client) -> None:
     status, words = await refused(client.infer("no_such_model", pair()))
     assert (status, words) == ("404", "Request for unknown model: 'no_such_model' is not found")
-    status, words = await refused(client.infer("add_sub", pair(), model_version="9"))
+    status, words = await refused(client.infer("simple", pair(), model_version="9"))
     assert status == "404"
     assert "9" in words
-    status, words = await refused(client.infer("add_sub", pair()[:1]))
+    status, words = await refused(client.infer("simple", pair()[:1]))
     assert status == "400"
     assert "expected 2 inputs but got 1 inputs" in words
-    status, words = await refused(client.infer("add_sub", pair(one=ONE[:, :15])))
+    status, words = await refused(client.infer("simple", pair(one=ONE[:, :15])))
     assert status == "400"
     assert "INPUT0" in words
-    status, words = await refused(client.infer("add_sub", pair(), outputs=[InferRequestedOutput("OUTPUT9")]))
+    status, words = await refused(client.infer("simple", pair(), outputs=[InferRequestedOutput("OUTPUT9")]))
     assert status == "400"
     assert "OUTPUT9" in words
     twice = [InferRequestedOutput("OUTPUT0"), InferRequestedOutput("OUTPUT0")]
-    status, words = await refused(client.infer("add_sub", pair(), outputs=twice))
+    status, words = await refused(client.infer("simple", pair(), outputs=twice))
     assert status == "400"
     status, words = await refused(
-        client.infer("text", [tensor("x", np.array([[b"\xff"]], object), "BYTES", binary=True)])
+        client.infer("strings", [tensor("x", np.array([[b"\xff"]], object), "BYTES", binary=True)])
     )
     assert status == "400"
     assert "UTF-8" in words
 
 
-async def test_keys_and_scopes_are_enforced(client: Client, served: Gateway) -> None:
-    status, _ = await refused(client.infer("add_sub", pair(), headers={}))
+async def test_keys_and_scopes_are_enforced(client: Client, gateway: LiveGateway) -> None:
+    status, _ = await refused(client.infer("simple", pair(), headers={}))
     assert status == "401"
     wrong = {"X-API-Key": "ifw_live_" + "0" * 12 + "_" + "1" * 49}
-    assert (await refused(client.get_model_metadata("add_sub", headers=wrong)))[0] == "401"
-    limited = {"X-API-Key": served.new_key("infer", patterns=("text",))}
-    assert (await refused(client.unload_model("text", headers=limited)))[0] == "403"
-    assert (await refused(client.get_model_metadata("add_sub", headers=limited)))[0] == "404"
-    assert (await client.get_model_metadata("text", headers=limited))["name"] == "text"
+    assert (await refused(client.get_model_metadata("simple", headers=wrong)))[0] == "401"
+    limited = {"X-API-Key": gateway.make_key("infer", models=["strings"])}
+    assert (await refused(client.unload_model("strings", headers=limited)))[0] == "403"
+    assert (await refused(client.get_model_metadata("simple", headers=limited)))[0] == "404"
+    assert (await client.get_model_metadata("strings", headers=limited))["name"] == "strings"
