@@ -49,7 +49,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
     serve.add_argument("--database-url", help="SQLAlchemy URL, for example postgresql+psycopg://user@host/db")
     serve.add_argument("--cpus", type=int, help="runner threads (default: processors this process may use)")
     serve.add_argument("--providers", help="execution providers in order of preference, comma separated")
-    serve.add_argument("--no-trial", dest="trial", action="store_false", default=None, help="skip the option trial")
+    serve.add_argument(
+        "--trial-budget-s",
+        type=float,
+        help="seconds for trying ONNX Runtime options on each model, 0: none (default 1)",
+    )
     serve.add_argument("--access-log", action="store_true", default=None, help="write a record for each request")
     serve.add_argument("--log-format", choices=("auto", "json", "text"), help="how to write the log")
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="least severe record written")

@@ -122,8 +122,8 @@ def create_app(settings: Settings) -> GatewayApplication:
                 settings.providers,
                 cpus=settings.cpus,
                 inline_threshold_s=settings.inline_threshold_s,
-                trial=settings.trial,
-                load_budget_s=settings.load_budget_s,
+                trial_budget_s=settings.trial_budget_s,
+                measure_budget_s=settings.measure_budget_s,
             )
             registry = Registry(
                 ModelRepository(model_dir),

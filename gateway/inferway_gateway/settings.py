@@ -59,10 +59,10 @@ class Settings(BaseSettings):
     """Seconds between two looks at the directory with ``model_control=poll``."""
     strict_readiness: bool = True
     """Ready means that every model of the repository is ready, as the protocol has it; else that the server is."""
-    trial: bool = True
-    """Try several ONNX Runtime options on each model at load and keep the fastest."""
-    load_budget_s: PositiveFloat = 2.0
-    """Seconds that the trial and the measurements of one model's load may take together, beyond loading itself."""
+    trial_budget_s: float = Field(default=1.0, ge=0)
+    """Seconds that each model's load may take for trying ONNX Runtime options and keeping the fastest; 0: no trial."""
+    measure_budget_s: PositiveFloat = 0.5
+    """Seconds that each model's load may take for measuring what runs of different sizes cost."""
 
     providers: Annotated[tuple[str, ...], NoDecode] = ("CPUExecutionProvider",)
     """ONNX Runtime execution providers in order of preference."""

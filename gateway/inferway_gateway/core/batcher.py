@@ -181,7 +181,7 @@ class Batcher:
 
         self._waiters: set[_Waiter] = set()
         self._again: deque[list[Part]] = deque()
-        self._jobs: set[_Run] = set()
+        self._jobs: set[BatchRun] = set()
         self._expiries: list[tuple[float, int, _Waiter]] = []
         self._serial = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -233,8 +233,7 @@ class Batcher:
             outputs = [array[:1] for array in outputs]
         run_s = ended - started
         assemble_s = started - begun
-        self._stats.ran(rows, assemble_s, run_s, 0.0)
-        self._stats.answered(rows, 0.0, assemble_s, run_s, 0.0)
+        self._stats.ran_alone(rows, assemble_s, run_s)
         if run_s > INLINE_SLOW_S:
             self._strike(run_s)
         return Answer(outputs, 0.0, assemble_s, run_s, 0.0, rows)
@@ -553,13 +552,13 @@ class Batcher:
             parts = self._queue.take(now)
         if not parts:
             return None
-        job = _Run(self, parts, now + self._run_timeout_s)
+        job = BatchRun(self, parts, now + self._run_timeout_s)
         self._jobs.add(job)
         return job
 
     def completed(self, job: Job) -> bool:
         """Learn from a run, and put what failed together back to be run apart. Lock held, any thread."""
-        assert isinstance(job, _Run)
+        assert isinstance(job, BatchRun)
         self._jobs.discard(job)
         if job.error is None:
             if job.physical_rows:
@@ -593,7 +592,7 @@ class Batcher:
         """Whether requests are taken: neither draining nor failed."""
         return not self._draining
 
-    def execute(self, job: _Run) -> None:
+    def execute(self, job: BatchRun) -> None:
         """Stack, run and split one batch, on a runner thread."""
         parts = job.parts = [part for part in job.parts if part.ticket.live]
         if not parts:
@@ -662,7 +661,7 @@ class Batcher:
                 )
             whole[part.start : part.start + part.rows] = array
 
-    def finish(self, job: _Run) -> None:
+    def finish(self, job: BatchRun) -> None:
         """Answer the waiters of a run, on the event loop."""
         if job.begun is None:
             return
@@ -694,14 +693,14 @@ class Batcher:
                 )
                 self._settle(waiter, answer)
 
-    def _explained(self, job: _Run, error: GatewayError) -> GatewayError:
+    def _explained(self, job: BatchRun, error: GatewayError) -> GatewayError:
         if isinstance(error, DeadlineExceededError) and job.limit_at == math.inf:
             return DeadlineExceededError(f"the run took longer than the {self._run_timeout_s:g} s that it may take")
         return error
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class BatchRun:
     """One batch on its way. Written by the runner until it is completed, then by the loop."""
 
     source: Batcher

@@ -111,6 +111,34 @@ class ModelStats:
         stages["assemble"].observe(assemble_s + split_s)
         stages["run"].observe(run_s)
 
+    def ran_alone(self, rows: int, assemble_s: float, run_s: float) -> None:
+        """``ran`` and ``answered`` for a request that neither queued nor shared its run, at half their cost."""
+        self.execution_count += 1
+        self.inference_count += rows
+        self.batch_rows.observe(rows)
+        stat = self.batches.get(rows)
+        if stat is None:
+            stat = self.batches[rows] = BatchStat()
+        run_ns = int(run_s * 1e9)
+        for infer in (stat.compute_infer, self.compute_infer):
+            infer.count += 1
+            infer.ns += run_ns
+        for zero in (self.queue, self.compute_output, stat.compute_output):
+            zero.count += 1
+        if assemble_s:
+            stat.compute_input.add(assemble_s)
+            self.compute_input.add(assemble_s)
+        else:
+            stat.compute_input.count += 1
+            self.compute_input.count += 1
+        stages = self.stages
+        stages["queue"].counts[0] += 1
+        stages["run"].observe(run_s)
+        if assemble_s:
+            stages["assemble"].observe(assemble_s)
+        else:
+            stages["assemble"].counts[0] += 1
+
     def finished(self, total_s: float, code: str | None) -> None:
         """Count one request as its answer leaves. ``code`` is None for success. Called at the edge, once a request."""
         self.request.observe(total_s)

@@ -30,7 +30,7 @@ from ..server.policy import EdgeStats
 from .infer import infer
 from .problems import STATUSES, render
 from .routes_oip import parse_version
-from .routing import ApiRoute, MethodNotAllowedError, authorise
+from .routing import ApiRoute, MethodNotAllowedError, authorise, known_principal
 
 logger = logging.getLogger("inferway.http")
 
@@ -107,7 +107,10 @@ class GatewayApplication(Starlette):
             target = _infer_target(path) if scope["method"] == "POST" else None
             if target is not None:
                 route = _INFER_ROUTE if target[1] is None else _INFER_VERSION_ROUTE
-                principal = await authorise(state["authenticator"], scope["headers"], INFER_SCOPES)
+                authenticator = state["authenticator"]
+                principal = known_principal(authenticator, scope["headers"], INFER_SCOPES) or await authorise(
+                    authenticator, scope["headers"], INFER_SCOPES
+                )
                 assert principal is not None  # only a public route has none
                 scope["principal"] = principal
                 size = await infer(

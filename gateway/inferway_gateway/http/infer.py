@@ -58,12 +58,10 @@ async def infer(
         raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
     served: ServedVersion = state["registry"].get(name, version)
     try:
-        size = await _infer(scope, receive, send, state["settings"], served, started)
+        return await _infer(scope, receive, send, state["settings"], served, started)
     except GatewayError as error:
         served.stats.finished(perf_counter() - started, error.code)
         raise
-    served.stats.finished(perf_counter() - started, None)
-    return size
 
 
 async def _infer(
@@ -73,13 +71,12 @@ async def _infer(
     length = headers.get(b"content-length")
     head = headers.get(b"inference-header-content-length")
     header_length = None if head is None else _header_length(head)
-    body = await read_body(
-        receive, None if length is None else int(length), settings.body_limit_bytes, header_length or 0
-    )
+    limit = settings.body_limit_bytes
+    body = await read_body(receive, None if length is None else int(length), limit, header_length or 0)
     received = perf_counter()
     encoding = headers.get(b"content-encoding")
     if encoding is not None:
-        body = await inflate(body, encoding, settings.body_limit_bytes)
+        body = await inflate(body, encoding, limit)
     codec: SignatureCodec | None = served.wire
     if codec is None:
         codec = served.wire = SignatureCodec(served.name, str(served.version), served.session.signature)
@@ -135,6 +132,7 @@ async def _infer(
         ),
         *scope["response_headers"],
     )
+    served.stats.finished(encoded - started, None)
     await send({"type": "http.response.start", "status": 200, "headers": out})
     if len(parts) == 1:
         await send({"type": "http.response.body", "body": parts[0]})

@@ -100,15 +100,30 @@ async def authorise(
     """
     if public:
         return None
+    principal = known_principal(authenticator, headers, accepted, basic=basic)
+    if principal is None:
+        assert authenticator is not None
+        principal = await authenticator.authenticate(credentials(headers, basic=basic) or b"")
+        if not principal.may(accepted):
+            raise permission_denied(principal, accepted)
+    return principal
+
+
+def known_principal(
+    authenticator: Authenticator | None,
+    headers: Iterable[tuple[bytes, bytes]],
+    accepted: frozenset[str],
+    *,
+    basic: bool = False,
+) -> Principal | None:
+    """``authorise`` for a key that was checked lately, without waiting. None: ``authorise`` has to ask the database."""
     if authenticator is None:
         return ANONYMOUS
     presented = credentials(headers, basic=basic)
     if presented is None:
         raise UnauthenticatedError("expected an API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
     principal = authenticator.authenticate_cached(presented)
-    if principal is None:
-        principal = await authenticator.authenticate(presented)
-    if not principal.may(accepted):
+    if principal is not None and not principal.may(accepted):
         raise permission_denied(principal, accepted)
     return principal
 
