@@ -53,6 +53,8 @@ class Profile:
             known. It lets the curve be carried over to other lengths of a variable axis.
         trial: every candidate of the option trial with its time.
         execution_providers: in the order in which the session prefers them.
+        intra_op_threads: processors that one run keeps busy; more runs at once than processors divided by it gain
+            nothing.
         note: in words, why the model is not batched or not inline.
     """
 
@@ -63,6 +65,7 @@ class Profile:
     cost_row_elements: int = 0
     trial: tuple[TrialRow, ...] = ()
     execution_providers: tuple[str, ...] = ()
+    intra_op_threads: int = 1
     load_s: float = 0.0
     note: str = ""
 
