@@ -32,6 +32,7 @@ from ..core.model_config import ModelConfig
 from . import triton_config
 from .model_options import apply_options, parse_options
 from .triton_config import MAX_CONFIG_BYTES, ConfigError
+from .triton_config import describe_config as describe_config
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ Source: Triton Inference Server, "Model Configuration".
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory, text_format
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
-from google.protobuf.message import Message
 
 from ..core.model_config import (
     BatchPolicy,
@@ -31,6 +31,7 @@ from ..core.model_config import (
     Warmup,
     WarmupInput,
 )
+from ..core.tensors import Signature, TensorSpec
 
 MAX_CONFIG_BYTES: Final = 1 << 20
 """A configuration is some kilobytes; protobuf text format is parsed in Python at about a megabyte a second."""
@@ -118,7 +119,7 @@ class ConfigError(ValueError):
     """A configuration cannot be read or asks for something that cannot be done; the message names the field."""
 
 
-def _build_schema() -> type[Message]:
+def _build_schema() -> Callable[[], Any]:
     file = descriptor_pb2.FileDescriptorProto(name="inferway/model_config.proto", package="inference", syntax="proto2")
     declarations = " ".join(_SCHEMA.split()).replace(" enum ", "\nenum ").replace(" message ", "\nmessage ").split("\n")
     kinds: dict[str, str] = {}
@@ -136,7 +137,8 @@ def _build_schema() -> type[Message]:
                 _add_field(message, item, kinds)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
+    made: Callable[[], Any] = message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
+    return made
 
 
 def _add_field(message: descriptor_pb2.DescriptorProto, item: str, kinds: dict[str, str]) -> None:
@@ -174,7 +176,7 @@ def _set_type(field: FieldDescriptorProto, type_name: str, kinds: dict[str, str]
 
 
 MODEL_CONFIG: Final = _build_schema()
-"""The message class of a model configuration."""
+"""The message class of a model configuration. Its fields exist at run time only, so to a type checker it is anything."""
 
 
 def parse_text(text: str) -> tuple[Any, str]:
@@ -424,3 +426,38 @@ def _warmup(item: Any, find_file: Callable[[str], str]) -> Warmup:
             case _:
                 raise ConfigError(f"{what} must have one of zero_data, random_data, input_data_file")
     return Warmup(item.name, item.batch_size or 1, item.count or 1, tuple(inputs))
+
+
+_TRITON_TYPES: Final = {wire: name for name, wire in DATATYPES.items()}
+
+
+def describe_config(config: ModelConfig, signature: Signature, name: str) -> dict[str, Any]:
+    """The configuration that the protocol's ``config`` route shows: what the files say, completed from the graph.
+
+    Args:
+        signature: of the loaded version, which decides about shapes: ``max_batch_size`` is 0 and ``dims`` are whole
+            shapes where the number of rows has no bound, since that is how Triton tells them apart.
+    """
+    shown = dict(config.raw) or to_json(MODEL_CONFIG())
+    rows = signature.max_rows if signature.batched else 0
+    shown |= {"name": name, "platform": config.platform, "backend": "onnxruntime", "max_batch_size": rows}
+    for part, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        said = {tensor["name"]: tensor for tensor in config.raw.get(part, ())}
+        shown[part] = [_describe_tensor(part, spec, said.get(spec.name), rows) for spec in specs]
+    shown["default_model_filename"] = shown["default_model_filename"] or "model.onnx"
+    shown.setdefault("version_policy", {"latest": {"num_versions": 1}})
+    if not shown["instance_group"]:
+        group = {**to_json(MODEL_CONFIG().instance_group.add()), "name": name, "kind": "KIND_CPU"}
+        shown["instance_group"] = [{**group, "count": config.instances or len(os.sched_getaffinity(0))}]
+    shown.setdefault("model_transaction_policy", {"decoupled": False})
+    return shown
+
+
+def _describe_tensor(part: str, spec: TensorSpec, said: dict[str, Any] | None, rows: int) -> dict[str, Any]:
+    empty = MODEL_CONFIG()
+    tensor = said or to_json(empty.input.add() if part == "input" else empty.output.add())
+    dims = spec.shape[1:] if rows else spec.shape
+    found = {**tensor, "name": spec.name, "data_type": _TRITON_TYPES[spec.datatype], "dims": list(dims)}
+    if part == "input":
+        found["optional"] = spec.optional
+    return found

@@ -10,9 +10,11 @@ import pytest
 import tritonclient
 
 from inferway_gateway.core.model_config import ModelConfig, QueuePolicy, WarmupInput
+from inferway_gateway.core.tensors import Signature, TensorSpec
 from inferway_gateway.store.triton_config import (
     MODEL_CONFIG,
     ConfigError,
+    describe_config,
     parse_json,
     parse_text,
     to_json,
@@ -40,7 +42,7 @@ def test_every_declared_field_is_tritons_own() -> None:
     assert spec.loader is not None
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
-    compared = compare(MODEL_CONFIG.DESCRIPTOR, theirs.ModelConfig.DESCRIPTOR, set())
+    compared = compare(MODEL_CONFIG().DESCRIPTOR, theirs.ModelConfig.DESCRIPTOR, set())
     assert {"dynamic_batching", "model_warmup", "preferred_batch_size", "label_filename"} <= compared
 
 
@@ -188,3 +190,51 @@ def test_json_of_another_type_is_refused_and_an_unknown_member_reported() -> Non
     message, remark = parse_json({"max_batch_size": 2, "surprise": 1})
     assert message.max_batch_size == 2
     assert "surprise" in remark
+
+
+SIGNATURE = Signature(
+    (TensorSpec("x", "FP32", (-1, 4)), TensorSpec("text", "BYTES", (-1, -1), optional=True)),
+    (TensorSpec("y", "BF16", (-1, 2)),),
+    batched=True,
+    max_rows=16,
+)
+
+
+def test_a_model_without_configuration_is_described_from_its_signature() -> None:
+    shown = describe_config(ModelConfig(instances=3), SIGNATURE, "m")
+    assert (shown["name"], shown["backend"], shown["platform"]) == ("m", "onnxruntime", "onnxruntime_onnx")
+    assert shown["max_batch_size"] == 16
+    assert [(t["name"], t["data_type"], t["dims"], t["optional"]) for t in shown["input"]] == [
+        ("x", "TYPE_FP32", [4], False),
+        ("text", "TYPE_STRING", [-1], True),
+    ]
+    assert shown["output"][0]["data_type"] == "TYPE_BF16"
+    assert shown["instance_group"][0]["count"] == 3
+    assert shown["version_policy"] == {"latest": {"num_versions": 1}}
+    assert shown["default_model_filename"] == "model.onnx"
+    again, remark = parse_json(shown)
+    assert (remark, again.name) == ("", "m")
+
+
+def test_rows_without_bound_are_described_by_whole_shapes() -> None:
+    signature = Signature(SIGNATURE.inputs, SIGNATURE.outputs, batched=True)
+    shown = describe_config(ModelConfig(), signature, "m")
+    assert (shown["max_batch_size"], shown["input"][0]["dims"]) == (0, [-1, 4])
+
+
+def test_what_the_configuration_says_stays_in_the_description() -> None:
+    config = read(
+        """
+        max_batch_size: 16
+        input { name: "x" dims: [ 4 ] reshape { shape: [ 2, 2 ] } }
+        version_policy { all { } }
+        parameters { key: "a" value { string_value: "b" } }
+        instance_group { count: 2 }
+        """
+    )
+    shown = describe_config(config, SIGNATURE, "m")
+    assert shown["input"][0]["reshape"] == {"shape": [2, 2]}
+    assert shown["version_policy"] == {"all": {}}
+    assert shown["parameters"] == {"a": {"string_value": "b"}}
+    assert shown["instance_group"][0]["count"] == 2
+    assert config.raw["name"] == ""
