@@ -249,12 +249,9 @@ class Registry:
                 raise ModelLoadError(_load_message(name, None, str(error))) from None
         model = self._models.setdefault(name, _Model(name))
         model.wanted = True
-        await self._apply(model, found)
-        broken = [(v, reason) for v, (state, reason) in sorted(model.states.items()) if state == "UNAVAILABLE"]
-        if model.problem is not None:
-            raise ModelLoadError(model.problem)
-        if broken:
-            raise ModelLoadError(broken[-1][1])
+        problems = await self._apply(model, found)
+        if problems:
+            raise ModelLoadError(problems[-1])
 
     async def unload(self, name: str) -> None:
         """Take a model out of service at once; what it has in flight is answered. Idempotent.
@@ -311,30 +308,36 @@ class Registry:
                 await self._retire_all(model, "removed from the repository")
             del self._models[name]
 
-    async def _apply(self, model: _Model, found: RepositoryModel) -> None:
-        """Load every version that is to be served, then retire those that are not."""
+    async def _apply(self, model: _Model, found: RepositoryModel) -> list[str]:
+        """Load every version that is to be served, then retire those that are not. Returns what went wrong."""
         async with model.lock:
             model.fingerprint = found.fingerprint
             if found.error is not None:
                 model.problem = _load_message(model.name, None, found.error)
                 logger.error("%s", model.problem)
-                return
+                return [model.problem]
             model.problem = None
+            problems: list[str] = []
             wanted = self._repository.served_versions(found)
             if not wanted:
                 model.problem = _load_message(model.name, None, "no version to serve")
                 logger.error("%s", model.problem)
+                problems.append(model.problem)
             for version in wanted:
                 if version not in model.ready:
                     model.states[version] = ("LOADING", "")
             for version in wanted:
                 if model.loaded.get(version) != found.version_fingerprints.get(version):
-                    await self._load_version(model, found, version)
+                    problem = await self._load_version(model, found, version)
+                    if problem is not None:
+                        problems.append(problem)
             for version in [v for v in model.states if v not in wanted]:
                 await self._retire(model, version)
                 model.states.pop(version, None)
+            return problems
 
-    async def _load_version(self, model: _Model, found: RepositoryModel, version: int) -> None:
+    async def _load_version(self, model: _Model, found: RepositoryModel, version: int) -> str | None:
+        """Load one version and swap it in. Returns why that failed; what served before then serves on."""
         try:
             session: Session = await self._in_loader(self._backend.open, found.artifact(version))
             stats = model.ready[version].stats if version in model.ready else ModelStats()
@@ -357,7 +360,7 @@ class Registry:
                 model.states[version] = ("UNAVAILABLE", reason)
             else:  # a failed reload: the old one serves on, and says so
                 model.states[version] = ("READY", f"last reload failed: {reason}")
-            return
+            return reason
         old = model.ready.get(version)
         served = ServedVersion(model.name, version, found.config, session, batcher, stats)
         model.ready[version] = served
@@ -375,6 +378,7 @@ class Registry:
         )
         if old is not None:
             await self._dispose(old)
+        return None
 
     async def _retire(self, model: _Model, version: int) -> None:
         served = model.ready.pop(version, None)
