@@ -56,6 +56,7 @@ def routes() -> list[ApiRoute]:
     repository = "/v2/repository"
     named = repository + "/{repository}"
     keys = "/api/v1/keys"
+    own = frozenset({"self"})
     return [
         ApiRoute("/v2/health/live", oip.live, "GET", public=True),
         ApiRoute("/v2/health/ready", oip.ready, "GET", public=True),
@@ -85,8 +86,8 @@ def routes() -> list[ApiRoute]:
         ApiRoute(keys, routes_keys.list_keys, "GET", scopes=ADMIN),
         ApiRoute(keys, routes_keys.create_key, "POST", scopes=ADMIN),
         ApiRoute(keys + "/self", routes_keys.get_self, "GET"),
-        ApiRoute(keys + "/{key_id}", routes_keys.get_key, "GET", scopes=ADMIN),
-        ApiRoute(keys + "/{key_id}", routes_keys.revoke_key, "DELETE", scopes=ADMIN),
+        ApiRoute(keys + "/{key_id}", routes_keys.get_key, "GET", scopes=ADMIN, besides=own),
+        ApiRoute(keys + "/{key_id}", routes_keys.revoke_key, "DELETE", scopes=ADMIN, besides=own),
         ApiRoute(keys + "/{key_id}/rotate", routes_keys.rotate_key, "POST", scopes=ADMIN),
     ]
 

@@ -100,6 +100,13 @@ class ServerReady(Answer):
     ready: bool
 
 
+class ServerNotReady(Error):
+    """The 503 of the readiness route: an error that also says what the 200 says."""
+
+    live: Literal[True] = True
+    ready: Literal[False] = False
+
+
 class ServerMetadata(Answer):
     name: str = Field(min_length=1)
     version: str = Field(min_length=1)
@@ -113,6 +120,13 @@ class ModelList(Answer):
 class ModelReady(Answer):
     name: ModelName
     ready: bool
+
+
+class ModelNotReady(Error):
+    """The 503 of a model's readiness route: an error that also says what the 200 says."""
+
+    name: ModelName
+    ready: Literal[False] = False
 
 
 class TensorMetadata(Answer):

@@ -10,12 +10,21 @@ import orjson
 
 from inferway_contract.codes import ERRORS, problem_type
 
-from ..core.errors import GatewayError
+from ..core.errors import GatewayError, ModelNotReadyError
 
 STATUSES: Final[Mapping[str, int]] = {code: kind.status for code, kind in ERRORS.items()}
 """Code to status, as the contract has it."""
 DEFAULT_RETRY_AFTER_S: Final = 1.0
 Headers = list[tuple[bytes, bytes]]
+
+
+class NotReadyError(ModelNotReadyError):
+    """A readiness route's no. Its body has the members of the route's yes beside those of every error, so that clients
+    that read ``ready`` and clients that read ``error`` both find what they look for."""
+
+    def __init__(self, message: str, members: Mapping[str, str | bool]) -> None:
+        super().__init__(message)
+        self.members = members
 
 
 def render(error: GatewayError, path: str, request_id: str, *, basic: bool = False) -> tuple[int, Headers, bytes]:
@@ -30,7 +39,7 @@ def render(error: GatewayError, path: str, request_id: str, *, basic: bool = Fal
     status = STATUSES[error.code]
     if path.startswith("/api/"):
         content_type = b"application/problem+json"
-        body = {
+        body: dict[str, str | int] = {
             "type": problem_type(error.code),
             "title": ERRORS[error.code].title,
             "status": status,
@@ -41,6 +50,8 @@ def render(error: GatewayError, path: str, request_id: str, *, basic: bool = Fal
     else:
         content_type = b"application/json"
         body = {"error": error.message, "code": error.code, "request_id": request_id}
+        if isinstance(error, NotReadyError):
+            body |= error.members
     payload = orjson.dumps(body)
     headers: Headers = [
         (b"content-type", content_type),

@@ -17,6 +17,7 @@ from ..core.tensors import TensorSpec
 from ..store.repository import describe_config
 from .bodies import inflate, read_body
 from .codec import load_json
+from .problems import NotReadyError
 
 EXTENSIONS: Final = (
     "classification",
@@ -39,8 +40,12 @@ async def live(_: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    is_ready = _registry(request).ready
-    return json_response({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+    if not _registry(request).ready:
+        raise NotReadyError(
+            "expected a gateway whose models are all ready, this one starts, drains or misses some",
+            {"live": True, "ready": False},
+        )
+    return json_response({"live": True, "ready": True})
 
 
 async def server_metadata(request: Request) -> Response:
@@ -83,8 +88,8 @@ async def model_ready(request: Request) -> Response:
     name = request.path_params["model"]
     try:
         served = _served(request)
-    except ModelNotReadyError:
-        return json_response({"name": name, "ready": False}, 503)
+    except ModelNotReadyError as error:
+        raise NotReadyError(error.message, {"name": name, "ready": False}) from error
     return json_response({"name": served.name, "ready": True})
 
 

@@ -39,6 +39,8 @@ class ApiRoute(Route):
         scopes: any one of these opens it; empty takes any valid key.
         public: no key is asked for.
         basic: the key may also come as the password of HTTP Basic, for pages that a browser opens.
+        besides: values of the last path parameter that have a route of their own. That one decides which methods they
+            take; without this, a method that it lacks would be answered by this route.
     """
 
     def __init__(
@@ -50,12 +52,20 @@ class ApiRoute(Route):
         scopes: frozenset[str] = ANY_KEY,
         public: bool = False,
         basic: bool = False,
+        besides: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(path, endpoint, methods=[method])
         self.methods: set[str] = {method}  # Starlette adds HEAD to GET; the contract lists what there is
         self.scopes = scopes
         self.public = public
         self.basic = basic
+        self._besides = besides
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        if self._besides and match is not Match.NONE and scope["path"].rpartition("/")[2] in self._besides:
+            return Match.NONE, {}
+        return match, child
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["route"] = self
