@@ -274,7 +274,7 @@ class Layout:
             own = []
             for name in part.ticket.outputs:
                 array = outputs[index[name]]
-                if at > 0 or end < len(array):
+                if self._batched and (at > 0 or end < len(array)):
                     array = array[at:end]
                 if target and part.lengths != target and name in self._cut:
                     array = self._cut_back(name, array, part.lengths, target)
@@ -448,26 +448,26 @@ class BatchQueue:
         return group.rows >= wanted
 
     def _form(self, level: _Level, head: Part, now: float) -> list[Part]:
-        if not self._batching:
-            level.drop(head)
-            self._taken(head)
-            return [head]
+        chosen = self._choose(level, head, now) if self._batching else [head]
+        for part in chosen:
+            self._levels[part.level].drop(part)
+            self._taken(part)
+            for other in part.ticket.parts if part.ticket.waiting else ():
+                other.expires = part.ticket.deadline  # the queue's timeout binds until a request's first run only
+        return chosen
+
+    def _choose(self, level: _Level, head: Part, now: float) -> list[Part]:
         lower = self._levels[level.index + 1 :]
         groups = [level.groups[head.key]]
         groups += [found for other in lower if (found := other.groups.get(head.key)) is not None]
         available = sum(g.rows for g in groups)
         curve = self._costs.curve(head.elements)
         limit = self._limit(head, curve, available, now)
-        chosen = [head]
-        if limit > head.rows and available > head.rows:
-            if self._layout.free and head.lengths:
-                chosen = self._by_length(head, self._window(head, groups, limit, now), limit, curve)
-            else:
-                chosen = self._in_order(head, groups, limit, now)
-        for part in chosen:
-            self._levels[part.level].drop(part)
-            self._taken(part)
-        return chosen
+        if limit <= head.rows or available <= head.rows:
+            return [head]
+        if self._layout.free and head.lengths:
+            return self._by_length(head, self._window(head, groups, limit, now), limit, curve)
+        return self._in_order(head, groups, limit, now)
 
     def _limit(self, head: Part, curve: CostCurve, available: int, now: float) -> int:
         limit = curve.limit(available)

@@ -5,9 +5,11 @@ takes the next batch itself, under the pool's lock, before anything else happens
 moment, when most requests are there to choose from, and no processor waits for the event loop to notice. The loop is
 told once for all runs that ended before it looked. Only to an idle thread does the loop hand a batch over.
 
-Sources of work (one batcher for each model version) stand in a ring, so that a busy model delays another by no more
-than the runs that have begun. A run cannot be taken off its thread; where runs last longer than ``slow_after_s``, as
-many further threads, within a bound, run the batches of the other models.
+Of the sources of work (one batcher for each model version) that have some, the one that has used the threads least is
+next, so that a busy model delays another by no more than the runs that have begun, and a model of long runs gets no
+more time than one of short ones. A source that had nothing to do for a while saves up no claim by it. A run cannot be
+taken off its thread; where runs last longer than ``slow_after_s``, as many further threads, within a bound, run the
+batches of the other models.
 
 Everything named "lock held" is called by whoever holds ``lock``, on any thread; it is brief and never blocks.
 """
@@ -19,11 +21,11 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Final, Protocol, Self
+from weakref import WeakKeyDictionary
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +92,9 @@ class RunnerPool:
         self.clock = clock
         self._slow_after_s = slow_after_s
         self._extra = max(self.threads, 2) if extra_threads is None else extra_threads
-        self._ring: deque[Source] = deque()
+        self._ready: list[Source] = []
+        self._used: WeakKeyDictionary[Source, float] = WeakKeyDictionary()
+        """Seconds of thread time of each source, those it sat out before it became ready included."""
         self._running: dict[Job, float] = {}
         self._ended: list[Job] = []
         self._begun: set[Source] = set()
@@ -114,7 +118,7 @@ class RunnerPool:
     ) -> None:
         with self.lock:
             self._closed = True
-            self._ring.clear()
+            self._ready.clear()
             members = list(self._members)
         if self._watch is not None:
             self._watch.cancel()
@@ -142,20 +146,19 @@ class RunnerPool:
         """``source`` may have a job. Begins what can begin, unless ``later``. On the event loop, lock held."""
         if self._closed:
             return
-        if source not in self._ring:
-            self._ring.append(source)
+        self._enlist(source)
         if not later:
             self._dispatch()
 
     def _dispatch(self) -> None:
         """Hand jobs to idle threads while there are both. On the event loop, lock held."""
         now = self.clock()
-        while self._ring:
+        while self._ready:
             job = self._next(now)
             if job is None:
                 break
             self._hand_over(job)
-        if self._ring and self._watch is None:
+        if self._ready and self._watch is None:
             self._arm(now)
         if self._failed and not self._told:
             self._told = True
@@ -179,7 +182,7 @@ class RunnerPool:
             ended, self._ended = self._ended, []
             sources, self._begun = self._begun, set()
             failed, self._failed = self._failed, []
-            if self._ring and not self._closed:
+            if self._ready and not self._closed:
                 self._dispatch()
         for job in ended:
             sources.add(job.source)
@@ -203,50 +206,65 @@ class RunnerPool:
     def _look(self) -> None:
         self._watch = None
         with self.lock:
-            if self._ring and not self._closed:
+            if self._ready and not self._closed:
                 self._dispatch()
 
     # -- on any thread, lock held --------------------------------------------------------------------------------------
 
     def _next(self, now: float) -> Job | None:
-        """Take a job from the next source in the ring that has one, if one more may run."""
+        """Take a job from the source with the best claim that has one, if one more may run."""
         avoided: set[Source] = set()
         busy = len(self._running)
         if busy >= self.threads:
             slow = [job.source for job, started in self._running.items() if now - started >= self._slow_after_s]
             if busy >= self.threads + min(len(slow), self._extra):
                 return None
-            # A thread that makes up for a slow run is there for the others; its own model would take it just the same.
+            # A thread that makes up for a slow run is there for the others; the same model would only block it too.
             avoided.update(slow)
-        for _ in range(len(self._ring)):
-            source = self._ring.popleft()
-            if source in avoided:
-                self._ring.append(source)
-                continue
+        while candidates := [source for source in self._ready if source not in avoided]:
+            source = candidates[0] if len(candidates) == 1 else min(candidates, key=self._claim(now))
             try:
                 job = source.take(now)
             except Exception as error:
-                # The thread has others to serve. Its own loop turn will come: whoever calls this tells the loop after.
+                # The thread has others to serve. Whoever calls this tells the loop, which answers the callers.
                 self._failed.append((source, error))
-                continue
+                job = None
             if job is not None:
-                self._ring.append(source)
                 self._running[job] = now
                 self._begun.add(source)
                 return job
+            self._ready.remove(source)
         return None
+
+    def _enlist(self, source: Source) -> None:
+        if source in self._ready:
+            return
+        busy = {*self._ready, *(job.source for job in self._running)}
+        used = self._used.get(source, 0.0)
+        if busy and source not in busy:
+            used = max(used, min(self._used.get(other, 0.0) for other in busy))
+        self._used[source] = used
+        self._ready.append(source)
+
+    def _claim(self, now: float) -> Callable[[Source], float]:
+        """What each source has used, its runs that go on included."""
+        going: dict[Source, float] = {}
+        for job, started in self._running.items():
+            going[job.source] = going.get(job.source, 0.0) + now - started + 1e-9  # who runs already comes second
+        return lambda source: self._used.get(source, 0.0) + going.get(source, 0.0)
 
     def _complete(self, job: Job, now: float) -> Job | None:
         """Account for a job that was executed and take the next one for the same thread."""
-        del self._running[job]
+        source = job.source
+        self._used[source] = self._used.get(source, 0.0) + now - self._running.pop(job)
         self._ended.append(job)
         try:
-            more = job.source.completed(job)
+            more = source.completed(job)
         except Exception as error:
-            self._failed.append((job.source, error))
+            self._failed.append((source, error))
             more = False
-        if more and job.source not in self._ring:
-            self._ring.append(job.source)
+        if more and not self._closed:
+            self._enlist(source)
         return None if self._closed else self._next(now)
 
     # -- on a runner thread --------------------------------------------------------------------------------------------
