@@ -143,7 +143,7 @@ class OnnxBackend:
         cost: tuple[CostPoint, ...] = ()
         inline = 0
         if not batched:
-            session.signature = replace(session.signature, batched=False, max_rows=0)
+            session.settle(replace(session.signature, batched=False, max_rows=0))
         if sample is not None:
             sample = replace(sample, signature=session.signature)
             if config.session.trial:
@@ -152,7 +152,7 @@ class OnnxBackend:
         if config.session.inline is not None:
             inline = ANY_SIZE if config.session.inline else 0
         if batchable and config.max_batch_size is None:
-            session.signature = replace(session.signature, max_rows=_rows_within(cost, _BATCH_S))
+            session.settle(replace(session.signature, max_rows=_rows_within(cost, _BATCH_S)))
         _warm_up(runner, loader.artifact)
         session.profile = Profile(
             row_exactness=exactness,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...core.backend import Profile, RunHandle
 from ...core.errors import DeadlineExceededError, ModelExecutionError
-from ...core.tensors import DTYPES, Arrays, TensorSpec
+from ...core.tensors import DTYPES, Arrays, Signature, TensorSpec
 from . import memory
 from .signature import Layout
 
@@ -40,21 +40,29 @@ class OnnxSession:
         self._ort = session
         self._name = name
         self._reshapes = layout.reshapes
-        self.signature = layout.signature
+        self._named_row_inputs = layout.row_inputs
+        self.settle(layout.signature)
         self.profile = Profile()
         self._bf16_inputs = frozenset(s.name for s in layout.signature.inputs if s.datatype == "BF16")
         self._bf16_outputs = frozenset(s.name for s in layout.signature.outputs if s.datatype == "BF16")
         self._plain = not (self._reshapes or self._bf16_inputs or self._bf16_outputs)
         self._usual_nbytes = 0.0
 
+    def settle(self, signature: Signature) -> None:
+        """Set the signature, once it is known whether axis 0 is a batch axis. Before the session is handed out."""
+        self.signature = signature
+        names = frozenset(spec.name for spec in signature.inputs)
+        self._row_inputs = names if signature.batched else self._named_row_inputs
+
     def run(self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle | None = None) -> list[NDArray[Any]]:
         """Run the model once; see ``core.backend.Session``. Other threads run meanwhile, Python code included."""
         nbytes = 0
-        for array in inputs.values():
-            nbytes += array.nbytes
-        if nbytes == 0 and self._has_no_rows(inputs):
-            # Some kernels fail on an empty batch, and its answer is known.
-            return [self._empty(self.signature.output(name), inputs) for name in outputs]
+        for name, array in inputs.items():
+            size = array.nbytes
+            nbytes += size
+            if not size and name in self._row_inputs and array.shape[0] == 0:
+                # The answer is known, and some kernels divide by the number of rows, which ends the process.
+                return [self._empty(self.signature.output(wanted), inputs) for wanted in outputs]
         options = self._run_options(nbytes, handle)
         try:
             if self._plain:
@@ -127,9 +135,6 @@ class OnnxSession:
         self._ort.run_with_iobinding(binding, options)
         values = zip(outputs, binding.get_outputs(), strict=True)
         return [_bits(value) if name in self._bf16_outputs else value.numpy() for name, value in values]
-
-    def _has_no_rows(self, inputs: Arrays) -> bool:
-        return self.signature.batched and any(array.shape[0] == 0 for array in inputs.values())
 
     def _empty(self, spec: TensorSpec, inputs: Arrays) -> NDArray[Any]:
         """The output of an empty batch: other variable axes have the length of an input's axis of the same name."""

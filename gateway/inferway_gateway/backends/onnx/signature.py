@@ -78,6 +78,8 @@ class Layout:
         reshapes: tensors whose wire shape is not the model's.
         notes: what an operator should know, such as outputs that cannot be served.
         why_unbatched: in words; empty where ``signature.batched``.
+        row_inputs: inputs that, when one of them has length 0 along axis 0, leave every output with no rows, also
+            where there is no batch axis because an optional switch has none.
     """
 
     signature: Signature
@@ -85,6 +87,7 @@ class Layout:
     reshapes: dict[str, Reshape]
     notes: tuple[str, ...]
     why_unbatched: str
+    row_inputs: frozenset[str]
 
 
 def declared(arguments: Sequence[Any], facts: GraphFacts, optional: bool = False) -> list[Declared]:
@@ -155,7 +158,16 @@ def make_layout(inputs: Sequence[Declared], outputs: Sequence[Declared], config:
         (config.max_batch_size or 0) if batched else 0,
     )
     _check_padding(signature, config)
-    return Layout(signature, vouched, reshapes, tuple(notes), why)
+    return Layout(signature, vouched, reshapes, tuple(notes), why, _row_inputs(inputs, served))
+
+
+def _row_inputs(inputs: Sequence[Declared], outputs: Sequence[Declared]) -> frozenset[str]:
+    """The required inputs, where axis 0 of each, and of every output, goes by one name."""
+    required = [tensor for tensor in inputs if not tensor.optional]
+    first_axes = {tensor.axes[0] if tensor.axes else None for tensor in (*required, *outputs)}
+    if len(first_axes) != 1 or None in first_axes:
+        return frozenset()
+    return frozenset(tensor.name for tensor in required)
 
 
 def _by_name(said: Sequence[TensorConfig], tensors: Sequence[Declared], kind: str) -> dict[str, TensorConfig]:
