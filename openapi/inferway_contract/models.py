@@ -13,7 +13,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
 
 from .names import (
     BODY_LIMIT_BYTES,
@@ -50,6 +50,13 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
 
+def _whole(value: object) -> object:
+    # For JSON, and so for JSON Schema, 3.0 is an integer; for pydantic "3" and true are integers unless told otherwise.
+    if isinstance(value, bool | str):
+        raise ValueError("expected a whole number")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _distinct(scopes: list[Scope]) -> list[Scope]:
     if len(set(scopes)) != len(scopes):
         raise ValueError("expected each scope at most once")
@@ -60,9 +67,10 @@ ModelName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 VersionText: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]+$")]
 RequestId: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 TensorName: TypeAlias = Annotated[str, Field(min_length=1)]
+_WHOLE = BeforeValidator(_whole)
 Dims: TypeAlias = Annotated[list[Annotated[int, Field(ge=-1)]], Field(max_length=MAX_RANK)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
-Uint64: TypeAlias = Annotated[StrictInt, Field(ge=0, le=2**64 - 1)]
+Uint64: TypeAlias = Annotated[int, Field(ge=0, le=2**64 - 1), _WHOLE]
 
 # --- errors ------------------------------------------------------------------------------------------------------
 
@@ -301,12 +309,12 @@ class UnloadResult(Answer):
 
 
 class InputParameters(Lenient):
-    binary_data_size: Annotated[StrictInt, Field(ge=0, le=BODY_LIMIT_BYTES)] | None = None
+    binary_data_size: Annotated[int, Field(ge=0, le=BODY_LIMIT_BYTES), _WHOLE] | None = None
 
 
 class OutputParameters(Lenient):
     binary_data: StrictBool = False
-    classification: Annotated[StrictInt, Field(ge=1)] | None = None
+    classification: Annotated[int, Field(ge=1), _WHOLE] | None = None
 
 
 class RequestParameters(Lenient):
@@ -317,7 +325,7 @@ class RequestParameters(Lenient):
     binary_data_output: StrictBool = False
 
 
-Shape: TypeAlias = Annotated[list[Annotated[StrictInt, Field(ge=0, le=MAX_DIM)]], Field(max_length=MAX_RANK)]
+Shape: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, le=MAX_DIM), _WHOLE]], Field(max_length=MAX_RANK)]
 
 
 class InputTensor(Lenient):
@@ -389,7 +397,7 @@ class KeyCreate(Strict):
     scopes: Scopes
     models: ModelGlobs = ["*"]
     environment: Environment = "live"
-    expires_in_s: Annotated[StrictInt, Field(ge=1, le=KEY_MAX_EXPIRES_IN_S)] | None = None
+    expires_in_s: Annotated[int, Field(ge=1, le=KEY_MAX_EXPIRES_IN_S), _WHOLE] | None = None
 
 
 class KeyRecord(Answer):
@@ -414,7 +422,7 @@ class KeyCreated(KeyRecord):
 
 
 class KeyRotate(Strict):
-    overlap_s: Annotated[StrictInt, Field(ge=0, le=KEY_MAX_OVERLAP_S)] = KEY_DEFAULT_OVERLAP_S
+    overlap_s: Annotated[int, Field(ge=0, le=KEY_MAX_OVERLAP_S), _WHOLE] = KEY_DEFAULT_OVERLAP_S
 
 
 class KeyRotated(KeyCreated):

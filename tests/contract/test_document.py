@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from inferway_contract import codes, document, models, names
 from inferway_gateway.core import errors
@@ -365,6 +365,17 @@ def examples(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 # ---- models
+
+
+@pytest.mark.parametrize(("given", "taken"), [(60, 60), (60.0, 60), (1e3, 1000)])
+def test_a_whole_number_may_be_written_as_a_float(given: float, taken: int) -> None:
+    assert models.KeyRotate.model_validate({"overlap_s": given}).overlap_s == taken
+
+
+@pytest.mark.parametrize("given", [True, "60", 0.5, float("nan"), float("inf"), None, -1, 2_592_001])
+def test_nothing_else_is_taken_for_a_whole_number(given: object) -> None:
+    with pytest.raises(ValidationError):
+        models.KeyRotate.model_validate({"overlap_s": given})
 
 
 def test_the_repr_of_a_created_key_hides_the_key() -> None:

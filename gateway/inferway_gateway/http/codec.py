@@ -183,7 +183,7 @@ class SignatureCodec:
         priority = 0
         timeout_s = None
         parameters = head.get("parameters")
-        if parameters:
+        if parameters is not None:
             if type(parameters) is not dict:
                 raise MalformedRequestError(f"expected 'parameters' to be an object, got {_kind(parameters)}")
             binary_default, priority, timeout_s = _request_parameters(parameters)

@@ -213,7 +213,9 @@ async def _json_object(request: Request) -> dict[str, Any]:
 
 
 def _parameters(body: dict[str, Any]) -> dict[str, Any]:
-    parameters = body.get("parameters") or {}
+    parameters = body.get("parameters")
+    if parameters is None:
+        return {}
     if type(parameters) is not dict:
         raise MalformedRequestError("expected 'parameters' to be an object")
     return parameters
