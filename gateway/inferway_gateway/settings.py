@@ -47,9 +47,10 @@ class Settings(BaseSettings):
     key_pepper: SecretStr | None = None
     """Secret, at least 32 bytes in hex or base64, that the hashes of keys are made with; by default the file ``pepper``
     in ``state_dir``, made at first use. Several gateways on one database need the same one."""
-    key_cache_ttl_s: PositiveFloat = 1.0
+    key_cache_ttl_s: PositiveFloat = 4.0
     """Seconds for which a checked key is trusted without asking the database again, which is how long a revoked key may
-    go on working in another process."""
+    go on working in another process. Keys in use are read again after a quarter of it, so that they never wait; below
+    2.5 they may, while a database hangs."""
 
     model_control: Literal["none", "explicit", "poll"] = "none"
     """none: load all models at start; explicit: load and unload on request only; poll: follow the directory."""

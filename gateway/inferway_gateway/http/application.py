@@ -28,6 +28,7 @@ from ..core.errors import (
 )
 from ..server.policy import EdgeStats
 from .infer import infer
+from .key_bodies import deprecation
 from .problems import STATUSES, render
 from .routes_oip import parse_version
 from .routing import ApiRoute, MethodNotAllowedError, authorise, known_principal
@@ -113,6 +114,8 @@ class GatewayApplication(Starlette):
                 )
                 assert principal is not None  # only a public route has none
                 scope["principal"] = principal
+                if principal.rotated_at is not None:
+                    scope["response_headers"] = deprecation(principal)
                 size = await infer(
                     scope,
                     receive,

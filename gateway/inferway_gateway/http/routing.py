@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..core.errors import GatewayError, ModelNotFoundError, PermissionDeniedError, UnauthenticatedError
 from ..core.keys import ANONYMOUS, Authenticator, Principal
+from .key_bodies import deprecation
 
 Endpoint = Callable[..., Awaitable[Any]]
 ANY_KEY: Final[frozenset[str]] = frozenset()
@@ -81,6 +82,8 @@ class ApiRoute(Route):
         scope["principal"] = principal = await authorise(
             state["authenticator"], scope["headers"], self.scopes, public=self.public, basic=self.basic
         )
+        if principal is not None and principal.rotated_at is not None:
+            scope["response_headers"] = deprecation(principal)
         name = scope["path_params"].get("model")
         if name is not None and principal is not None and not principal.sees(name):
             # The same words as for a model that does not exist, so that a key learns nothing of other people's.
