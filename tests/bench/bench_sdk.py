@@ -16,6 +16,7 @@ from functools import partial
 
 import aiohttp
 import httpx
+import httpx_aiohttp
 import numpy as np
 from harness import addsub, rivals
 from harness.gateway import gateway
@@ -81,12 +82,18 @@ def _sync(base: str, key: str, call: Exchange, options: Options, report: Report)
     url, headers = base + call.path, _bare_headers(call)
     with ExitStack() as stack:
         bare = stack.enter_context(httpx.Client())
+        transport = stack.enter_context(httpx.HTTPTransport())
         client = stack.enter_context(Inferway(base_url=base, api_key=key))
         handle = client.model("addsub")
         _check(client.infer("addsub", INPUTS))
         _check(handle.infer(INPUTS))
+
+        def transport_only() -> bytes:
+            return transport.handle_request(httpx.Request("POST", url, headers=headers, content=call.body)).read()
+
         calls: dict[str, Callable[[], object]] = {
             "bare httpx": lambda: bare.post(url, content=call.body, headers=headers).content,
+            "bare httpx transport": transport_only,
             "client.infer": lambda: client.infer("addsub", INPUTS),
             "client.model(...).infer": lambda: handle.infer(INPUTS),
         }
@@ -155,12 +162,27 @@ def _asynchronous(base: str, key: str, call: Exchange, options: Options, report:
 
             return await _fan_out(one, options.seconds)
 
+    async def httpx_over_aiohttp() -> Mapping[str, float]:
+        limits = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT)
+        transport = httpx_aiohttp.AiohttpTransport(limits=limits)
+        async with httpx.AsyncClient(transport=transport, timeout=30) as client:
+
+            async def one() -> None:
+                await client.post(url, content=call.body, headers=headers)
+
+            return await _fan_out(one, options.seconds)
+
     async def sdk() -> Mapping[str, float]:
         async with AsyncInferway(base_url=base, api_key=key) as client:
             _check(await client.infer("addsub", INPUTS))
             return await _fan_out(lambda: client.infer("addsub", INPUTS), options.seconds)
 
-    programs = {"bare aiohttp": bare_aiohttp, "AsyncInferway.infer": sdk, "bare httpx": bare_httpx}
+    programs = {
+        "bare aiohttp": bare_aiohttp,
+        "AsyncInferway.infer": sdk,
+        "httpx over httpx-aiohttp": httpx_over_aiohttp,
+        "bare httpx": bare_httpx,
+    }
     seen = in_turn(
         {name: partial(_run, program) for name, program in programs.items()},
         options.rounds,

@@ -110,8 +110,8 @@ def print_top(stacks: Path, count: int) -> None:
             within[frame] += int(number)
     for title, counter in (("own samples", own), ("with what it calls", within)):
         print(f"\n{title} (of {total}):")
-        for frame, number in counter.most_common(count):
-            print(f"  {number / total:6.1%}  {frame}")
+        for frame, samples in counter.most_common(count):
+            print(f"  {samples / total:6.1%}  {frame}")
 
 
 if __name__ == "__main__":

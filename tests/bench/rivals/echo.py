@@ -76,6 +76,6 @@ if "REPLIES" in os.environ:
 async def replay(scope: dict[str, Any], receive: Receive, send: Send) -> None:
     """What a gateway answered before, by method and path."""
     await read(receive)
-    found = REPLIES[f"{scope['method']} {scope['path']}"]
+    found = REPLIES.get(f"{scope['method']} {scope['path']}", {"start": {**START, "status": 404}, "body": BODY})
     await send(found["start"])
     await send(found["body"])
