@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [list(header), *map(list, rows)]
     lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    # Blank lines on both sides: not every viewer takes a table that touches a comment.
+    return "\n" + "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
 
 
 def words(text: str | None) -> str:
@@ -30,7 +30,7 @@ def words(text: str | None) -> str:
 
 def serve_options() -> dict[str, str]:
     """Setting to the option of ``inferway serve`` that sets it."""
-    commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    _, commands = _parser()
     actions = commands.choices["serve"]._actions
     return {a.dest: a.option_strings[0] if a.option_strings else str(a.metavar) for a in actions if a.dest != "help"}
 

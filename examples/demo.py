@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from inferway import Inferway
+from inferway import APITimeoutError, Inferway
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 MADE_MODELS: Final = Path(os.environ.get("INFERWAY_MODELS_DIR", ROOT / ".cache" / "inferway-models"))
@@ -123,6 +123,17 @@ def free_port(wanted: int) -> int:
     sys.exit("no free port")
 
 
+def wait_until_ready(client: Inferway, process: subprocess.Popen[bytes], log_file: Path) -> None:
+    """Come back when the gateway takes requests; when it ends instead, or takes too long, show its log and end."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            return client.health.wait_until_ready(timeout=1)
+        except APITimeoutError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"{log_file.read_text()}\nthe gateway did not start; its log is above")
+
+
 @contextmanager
 def gateway(state: Path, port: int, key: str) -> Iterator[str]:
     """A gateway on loopback that serves the repository; gives its URL once it is ready."""
@@ -138,12 +149,8 @@ def gateway(state: Path, port: int, key: str) -> Iterator[str]:
             start_new_session=True,  # Ctrl+C is for this script, which then ends the gateway in order
         )
     try:
-        with Inferway(base_url=url, api_key=key) as client:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while not client.health.ready():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"{log_file.read_text()}\nthe gateway did not start; its log is above")
-                time.sleep(0.02)
+        with Inferway(url, api_key=key) as client:
+            wait_until_ready(client, process, log_file)
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
@@ -166,7 +173,8 @@ def show_sentences(client: Inferway) -> None:
     heading(f'1. client.infer("minilm", …): which sentences mean the same? ({took_ms:.0f} ms for {len(ids)})\n')
     width = max(map(len, SENTENCES))
     print(" " * (width + 4) + "".join(f"{chr(65 + i):>6}" for i in range(len(ids))))
-    for i, (text, row) in enumerate(zip(SENTENCES, vectors @ vectors.T, strict=True)):
+    alike = (vectors @ vectors.T).round(2) + 0.0  # no "-0.00"
+    for i, (text, row) in enumerate(zip(SENTENCES, alike, strict=True)):
         print(f"  {chr(65 + i)} {text:{width}}" + "".join(f"{value:6.2f}" for value in row))
 
 
@@ -188,7 +196,7 @@ def show_digits(client: Inferway) -> None:
     # Three that it reads and one that it does not.
     shown = [*np.flatnonzero(right)[:3], *np.flatnonzero(~right)[:1]]
     for lines in zip(*(draw(images[i]) for i in shown), strict=True):
-        print("  " + "  ".join(lines))
+        print(("  " + "  ".join(lines)).rstrip())
     verdicts = (f"read as {predicted[i]}" + ("" if right[i] else f", is {labels[i]}") for i in shown)
     print("  " + "  ".join(f"{verdict:16}" for verdict in verdicts))
     print(f"\n  {right.sum()} of {len(images)} images that it has not seen before are read right: {right.mean():.1%}.")

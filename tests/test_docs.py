@@ -19,27 +19,33 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
 import pytest
 from pydantic import BaseModel
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
+from sybil.typing import Parser
 
 import inferway
 from inferway_gateway.store.model_options import ModelOptions, parse_options
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-GUIDES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS: Final = [*GUIDES, ROOT / "CHANGELOG.md", ROOT / "examples" / "models" / "README.md"]
+GETTING_STARTED: Final = ROOT / "docs" / "getting-started.md"
+GUIDES: Final = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(guide for guide in sorted((ROOT / "docs").glob("*.md")) if guide != GETTING_STARTED),
+]
+TEXTS: Final = [*GUIDES, GETTING_STARTED, ROOT / "CHANGELOG.md", ROOT / "examples" / "models" / "README.md"]
 BLOCK_TIMEOUT_S: Final = 120
 START_TIMEOUT_S: Final = 60
+# As in the Makefile's target docs.
+COG: Final = ("-I", str(ROOT / "docs"), "--markers={{{cog }}} {{{end}}}")
 OUTPUT_OPTIONS: Final = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 # Answers each line of standard input, a JSON object with code and environment, with one line: what was printed and,
@@ -47,11 +53,12 @@ OUTPUT_OPTIONS: Final = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 INTERPRETER: Final = textwrap.dedent(
     """
     import contextlib, io, json, linecache, os, sys, traceback
-    namespace = {"__name__": "__main__"}
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for number, line in enumerate(sys.stdin):
         block = json.loads(line)
+        if block["fresh"]:
+            namespace = {"__name__": "__main__"}
         os.environ.clear()
         os.environ.update(block["environment"])
         os.chdir(block["directory"])
@@ -63,6 +70,7 @@ INTERPRETER: Final = textwrap.dedent(
         except BaseException:
             error = traceback.format_exc()
         print(json.dumps({"printed": printed.getvalue(), "error": error}), file=answers, flush=True)
+    answers.close()
     """
 )
 
@@ -80,6 +88,7 @@ class Reader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.printed: str | None = None
+        self._fresh = True
         self._port = free_port()
         self._gateway: subprocess.Popen[bytes] | None = None
         self._python: subprocess.Popen[str] | None = None
@@ -91,7 +100,9 @@ class Reader:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(directory),
             "INFERWAY_PORT": str(self._port),
+            "INFERWAY_BASE_URL": f"http://127.0.0.1:{self._port}",
             "INFERWAY_STATE_DIR": str(directory / "state"),
+            "INFERWAY_DRAIN_DELAY_S": "0",
             "PYTHONWARNINGS": "default",
             # What `make` would do is looked up, not done: the suite itself runs under `make test`.
             "MAKEFLAGS": "-n",
@@ -102,11 +113,10 @@ class Reader:
 
     def bash(self, source: str) -> str:
         """Run a block and keep the directory and the exported variables that it leaves."""
-        source = self._mine(source)
-        if re.search(r"^inferway serve\b", source, re.MULTILINE):
-            return self.serve(source)
+        before, serve, after = re.split(r"(^inferway serve .*$|\Z)", self._mine(source), maxsplit=1, flags=re.MULTILINE)
+        assert not after.strip(), "nothing can follow a gateway in a block: it goes on running"
         left = self.directory.parent / f"{self.directory.name}.env"
-        script = f"{source}\n{{ pwd; env -0; }} > {shlex.quote(str(left))}\n"
+        script = f"{before}\n{{ pwd; env -0; }} > {shlex.quote(str(left))}\n"
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=self.directory,
@@ -121,35 +131,27 @@ class Reader:
         directory, _, variables = left.read_text().partition("\n")
         self.directory = Path(directory)
         self.environment = dict(entry.split("=", 1) for entry in variables.split("\0") if entry)
+        if serve:
+            self.serve(serve)
         return done.stdout
 
-    def serve(self, source: str) -> str:
+    def serve(self, command: str) -> None:
         """Start the gateway in place of the one that ran, and come back when it is ready."""
         self.stop_gateway()
         with (self.directory / "gateway.log").open("wb") as log:
             self._gateway = subprocess.Popen(
-                [
-                    "bash",
-                    "-euo",
-                    "pipefail",
-                    "-c",
-                    re.sub(r"^(?=inferway serve\b)", "exec ", source, flags=re.MULTILINE),
-                ],
+                ["bash", "-c", f"exec {command}"],
                 cwd=self.directory,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while self._gateway.poll() is None and time.monotonic() < deadline:
-            try:
-                if httpx.get(f"http://127.0.0.1:{self._port}/v2/health/ready", timeout=1).is_success:
-                    return ""
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)  # there is nothing to wait on: the process is another one, started as a reader would
-        raise AssertionError(f"the gateway did not become ready{self.log()}")
+        try:
+            with inferway.Inferway(f"http://127.0.0.1:{self._port}") as client:
+                client.health.wait_until_ready(timeout=START_TIMEOUT_S)
+        except inferway.APIError as error:
+            raise AssertionError(f"{error}{self.log()}") from None
 
     def log(self) -> str:
         """The end of the gateway's log, for the message of a failure."""
@@ -169,16 +171,22 @@ class Reader:
         assert self._python.stdin is not None
         assert self._python.stdout is not None
         block = {
+            "fresh": self._fresh,
             "source": self._mine(source),
             "environment": self.environment,
             "directory": str(self.directory),
         }
+        self._fresh = False
         print(json.dumps(block), file=self._python.stdin, flush=True)
         answer: dict[str, Any] = json.loads(self._python.stdout.readline() or '{"error": "the interpreter ended"}')
         if answer["error"] is not None:
             raise AssertionError(f"{answer['error']}{self.log()}")
         printed: str = answer["printed"]
         return printed
+
+    def begin(self) -> None:
+        """Turn to another guide, which has to make its own names."""
+        self._fresh, self.printed = True, None
 
     def stop_gateway(self) -> None:
         if self._gateway is not None:
@@ -211,9 +219,10 @@ class Reader:
 
 def evaluate(guide: Path, reader: Reader) -> int:
     """Run every block of a guide, in order. Returns how many were run."""
-    parsers = [SkipParser(), *(CodeBlockParser(language, reader.run) for language in ("bash", "python"))]
+    parsers: list[Parser] = [SkipParser(), *(CodeBlockParser(language, reader.run) for language in ("bash", "python"))]
     parsers += [CodeBlockParser(language, reader.compare) for language in ("text", "json")]
     document: Document = Sybil(parsers).parse(guide)
+    reader.begin()
     count = 0
     for example in document.examples():
         try:
@@ -221,13 +230,14 @@ def evaluate(guide: Path, reader: Reader) -> int:
         except AssertionError as error:
             if str(guide) in str(error):
                 raise
-            raise AssertionError(f"{guide.relative_to(ROOT)}, line {example.line}:\n{error}") from None
+            raise AssertionError(f"{guide.name}, line {example.line}:\n{error}") from None
         count += 1
     return count
 
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Iterator[Reader]:
+    """Somebody with an empty directory."""
     reader = Reader(tmp_path / "inferway")
     try:
         yield reader
@@ -235,18 +245,23 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
         reader.close()
 
 
-def needs_gateway(text: str) -> bool:
-    blocks = "".join(re.findall(r"^```(?:bash|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    starts_one = re.search(r"^inferway serve\b(?!.*--help)", blocks, re.MULTILINE)
-    return starts_one is None and ("127.0.0.1:8080" in blocks or "Inferway(" in blocks)
+@pytest.fixture(scope="module")
+def started_reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """Somebody who has followed "Getting started" to its end."""
+    reader = Reader(tmp_path_factory.mktemp("reader") / "inferway")
+    try:
+        evaluate(GETTING_STARTED, reader)
+        yield reader
+    finally:
+        reader.close()
 
 
 @pytest.mark.xdist_group("docs")
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
-def test_every_block_of_the_guide_runs_and_prints_what_it_shows(guide: Path, reader: Reader) -> None:
-    if needs_gateway(guide.read_text()):
-        evaluate(ROOT / "docs" / "getting-started.md", reader)
-    evaluate(guide, reader)
+@pytest.mark.parametrize("guide", [*GUIDES, GETTING_STARTED], ids=lambda guide: guide.stem)
+def test_every_block_of_the_guide_runs_and_prints_what_it_shows(guide: Path, request: pytest.FixtureRequest) -> None:
+    reader: Reader = request.getfixturevalue("reader" if guide.name == "README.md" else "started_reader")
+    if guide != GETTING_STARTED:  # the fixture has run that one
+        evaluate(guide, reader)
 
 
 def test_a_block_that_prints_something_else_fails(tmp_path: Path, reader: Reader) -> None:
@@ -260,11 +275,9 @@ def test_a_block_that_prints_something_else_fails(tmp_path: Path, reader: Reader
 
 
 def test_the_tables_that_come_from_the_code_are_up_to_date() -> None:
-    pages = [str(guide) for guide in GUIDES if "[[[cog" in guide.read_text()]
+    pages = [str(guide) for guide in GUIDES if "{{{cog" in guide.read_text()]
     assert {Path(page).stem for page in pages} >= {"settings", "errors", "http-api", "metrics"}
-    done = subprocess.run(
-        [sys.executable, "-m", "cogapp", "--check", "-I", str(ROOT / "docs"), *pages], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "cogapp", "--check", *COG, *pages], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\n`make docs` writes them"
 
 
