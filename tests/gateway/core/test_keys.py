@@ -421,6 +421,17 @@ class TestAuthenticating:
             await refused(authenticator, junk)
         assert store.reads == []
 
+    def test_a_text_longer_than_any_key_is_not_even_hashed(
+        self, authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def never(*_: object, **__: object) -> None:
+            raise AssertionError("hashed")
+
+        monkeypatch.setattr(hashlib, "blake2b", never)
+        assert authenticator.authenticate_cached(b"x" * 72) is None
+        with pytest.raises(AssertionError, match="hashed"):
+            authenticator.authenticate_cached(b"x" * 71)
+
     async def test_a_wrong_secret_asks_the_store_once(self, store: FakeStore, authenticator: Authenticator) -> None:
         key = store.add()
         await authenticator.authenticate(key)
