@@ -210,6 +210,36 @@ def test_models_that_appear_and_go_are_seen_by_the_next_scan(tmp_path: Path) -> 
     assert list(repository.scan()) == ["b"]
 
 
+def test_a_link_to_nothing_is_no_model_until_there_is_something(tmp_path: Path) -> None:
+    write_repository(tmp_path, {"m": ModelFiles({})})
+    (tmp_path / "m" / "1").mkdir()
+    (tmp_path / "m" / "1" / "model.onnx").symlink_to(tmp_path / "m" / "real")
+    repository = ModelRepository(tmp_path)
+    assert "no version" in str(repository.scan()["m"].error)
+    (tmp_path / "m" / "real").write_bytes(add_one())
+    assert repository.scan()["m"].error is None
+
+
+def test_a_folder_of_very_many_files_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferway_gateway.store.repository.MAX_FILES", 5)
+    files = {f"1/{number}": b"" for number in range(6)}
+    models = ModelRepository(write_repository(tmp_path, {"m": ModelFiles({1: add_one()}, files=files), "n": add_one()}))
+    found = models.scan()
+    assert found["m"].error == "the folder holds more than 5 files"
+    assert found["n"].error is None
+
+
+def test_a_warmup_file_is_found_in_the_warmup_folder(tmp_path: Path) -> None:
+    config = """
+        model_warmup { name: "w" inputs { key: "x" value { data_type: TYPE_FP32 dims: 16 input_data_file: "data" } } }
+    """
+    files = ModelFiles({1: add_one()}, config)
+    assert scan_one(tmp_path, files).error == "config.pbtxt: warm-up file 'data' is missing"
+    model = scan_one(tmp_path, ModelFiles({1: add_one()}, config, files={"warmup/data": bytes(64)}))
+    assert model.error is None
+    assert Path(model.config.warmup[0].inputs[0].file).read_bytes() == bytes(64)
+
+
 def test_unknown_names_and_versions_have_no_artifact(tmp_path: Path) -> None:
     repository = ModelRepository(write_repository(tmp_path, {"a": add_one()}))
     repository.scan()

@@ -151,8 +151,11 @@ def candidates(signature: Signature, warmups: Sequence[Warmup], bounded: bool) -
 def warmup_inputs(warmup: Warmup, signature: Signature, rows: int | None = None) -> dict[str, NDArray[Any]]:
     """The inputs of a configured warm-up request.
 
+    Its dims leave out the batch axis, as in Triton's configuration; where they have as many axes as the signature, they
+    are taken as they are.
+
     Args:
-        rows: in place of the number that the warm-up says; ignored without a batch axis.
+        rows: in place of the number that the warm-up says.
     Raises:
         ModelLoadError: it names another input, datatype or shape than the signature, or its data file does not fit.
     """
@@ -167,7 +170,7 @@ def warmup_inputs(warmup: Warmup, signature: Signature, rows: int | None = None)
                 f"warm-up '{warmup.name}' has {given.datatype} for input '{given.name}', expected {spec.datatype}"
             )
         row = _warmup_row(warmup, given, index)
-        if signature.batched:
+        if row.ndim == len(spec.shape) - 1:
             row = np.repeat(row[np.newaxis], rows or warmup.rows, axis=0)
         found[given.name] = row
     try:
