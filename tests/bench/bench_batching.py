@@ -69,6 +69,8 @@ def _measure(workload: Workload, options: Options, report: Report) -> None:
         for measure in contestants.values():  # warm up, and let the gateway learn its costs
             measure()
         seen = in_turn(contestants, options.rounds, report)
+        for line in ours.warnings():
+            report.note(f"the gateway warned: {line}")
     best = max(seen[f"tuned: {plan.text()}"]["rows"].median for _, plan in fair)
     rows = []
     for name, values in seen.items():

@@ -74,6 +74,8 @@ def run(options: Options) -> Report:
         for contestants in (crowd, single):
             for name, one in contestants.items():
                 addsub.check(name, ask(one.server, one.job))
+        for line in ours.warnings():
+            report.note(f"the gateway warned: {line}")
     return report
 
 

@@ -55,6 +55,8 @@ def run(options: Options) -> Report:
         for window in windows.values():
             window()
         seen = in_turn(windows, options.rounds, report)
+        for line in ours.warnings():
+            report.note(f"the gateway warned: {line}")
         alive = {name: _alive(server, job) for name, server in servers.items()}
     copied = _copied(values, report)
     best = max(seen[name]["mib_per_s"].median for name in seen if name != OURS)

@@ -97,19 +97,28 @@ def sample(spy: str, server: Server, job: Job, arguments: argparse.Namespace) ->
 
 
 def print_top(stacks: Path, count: int) -> None:
+    """The main thread's functions, on which all requests are handled; of the other threads only their names.
+
+    A thread that waits without the interpreter's lock often passes for one that runs, so shares of all threads together
+    would mean little.
+    """
     own: Counter[str] = Counter()
     within: Counter[str] = Counter()
-    total = 0
+    threads: Counter[str] = Counter()
     for line in stacks.read_text().splitlines():
         stack, _, number = line.rpartition(" ")
+        samples = int(number)
         # "function (path/file.py:12)": lines are joined, one row for each function.
-        frames = [re.sub(r":\d+\)$", ")", frame) for frame in stack.split(";")]
-        total += int(number)
-        own[frames[-1]] += int(number)
-        for frame in set(frames):
-            within[frame] += int(number)
+        thread, *frames = [re.sub(r":\d+\)$", ")", frame) for frame in stack.split(";")]
+        threads[thread] += samples
+        if frames and thread.endswith("MainThread"):
+            own[frames[-1]] += samples
+            for frame in set(frames):
+                within[frame] += samples
+    print("\nsamples by thread: " + ", ".join(f"{name} {samples}" for name, samples in threads.most_common()))
+    total = own.total()
     for title, counter in (("own samples", own), ("with what it calls", within)):
-        print(f"\n{title} (of {total}):")
+        print(f"\nmain thread, {title}:")
         for frame, samples in counter.most_common(count):
             print(f"  {samples / total:6.1%}  {frame}")
 

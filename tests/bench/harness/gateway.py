@@ -37,6 +37,11 @@ class Gateway:
     def authorization(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"}
 
+    def warnings(self) -> list[str]:
+        """What the gateway warned of since its start: a benchmark says it, for it may explain a number."""
+        lines = self.server.log.read_text(errors="replace").splitlines()
+        return [line for line in lines if any(word in line for word in ('"warning"', '"error"', "WARNING", "ERROR"))]
+
     def batch_counters(self, model: str) -> BatchCounters:
         reply = ask(self.server, Job(f"/v2/models/{model}/stats", [], self.authorization, method="GET"))
         if reply.status != 200:
