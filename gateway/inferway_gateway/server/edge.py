@@ -1,0 +1,216 @@
+"""What the connections of one process share: limits, the coarse clock, the caps, and whether the server drains.
+
+Deadlines cost nothing per request here. A connection only notes the moment at which it becomes too slow; one timer for
+all of them looks every ``tick_s`` which of these moments have passed. (A timer per request, which uvicorn sets and
+cancels for the keep-alive, costs 1.5 µs on uvloop.) For the same reason ``now`` is read once a tick. It is then set one
+tick ahead, so that a deadline counted from it may be late by up to two ticks and is never early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import ipaddress
+import logging
+from collections.abc import Callable
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final
+
+from .policy import EdgeLimits, EdgeStats
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application, HTTPScope
+
+    from .protocol import EdgeProtocol
+
+logger = logging.getLogger("inferway.edge")
+
+_EVICT_AT_ONCE: Final = 16
+"""Connections that give way together at the cap: looking for them takes some 0.5 ms with 4096, too much for each."""
+
+
+class Edge:
+    """Shared state of all connections of one server.
+
+    Args:
+        app: the ASGI 3 application.
+        limits, stats: see ``policy``.
+        fast: tells for a request's scope whether it may begin in the very callback that received it, without a task of
+            its own until it first has to wait. Until then ``asyncio.current_task()`` gives a stand-in that can be
+            cancelled and used by ``asyncio.timeout``; anyio's cancel scopes must not be open across the first wait.
+    """
+
+    def __init__(
+        self,
+        app: ASGI3Application,
+        limits: EdgeLimits,
+        stats: EdgeStats,
+        fast: Callable[[HTTPScope], bool] | None = None,
+    ) -> None:
+        self.app = app
+        self.limits = limits
+        self.stats = stats
+        self.fast = fast
+        self.connections: set[EdgeProtocol] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.incomplete_bytes = 0
+        self.draining = False
+        self.now = 0.0
+        self.good_hosts: set[bytes] = set()
+        self.heads: dict[int, bytes] = {}
+        """Status to the first lines of an answer, with the date; emptied once a second."""
+        self._date = b""
+        self._date_at = -1.0
+        self._sources: dict[str, int] = {}
+        self._grace_end = float("inf")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._empty: asyncio.Event | None = None
+
+    # --- the clock -------------------------------------------------------------------------------------------------
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to keep time. Call before the first connection."""
+        self._loop = loop
+        self._empty = asyncio.Event()
+        self._due = loop.time()
+        self._tick()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tick(self) -> None:
+        assert self._loop is not None
+        now = self._loop.time()
+        self.stats.lag.observe(max(0.0, now - self._due))
+        self.now = now + self.limits.tick_s
+        if now - self._date_at >= 1.0:
+            self._date_at = now
+            self._date = formatdate(usegmt=True).encode("ascii")
+            self.heads.clear()
+        late = [connection for connection in self.connections if connection.deadline <= now]
+        for connection in late:
+            try:
+                connection.expire(now)
+            except Exception:  # the clock must go on whatever one connection does
+                logger.exception("ending a connection failed")
+                connection.abort()
+        self._due = now + self.limits.tick_s
+        self._timer = self._loop.call_at(self._due, self._tick)
+
+    def head(self, status: int) -> bytes:
+        """Status line and date, without the last line end; remembered until the date changes."""
+        try:
+            phrase = HTTPStatus(status).phrase
+        except ValueError:
+            phrase = ""
+        head = self.heads[status] = b"HTTP/1.1 %d %s\r\ndate: %s" % (status, phrase.encode("ascii"), self._date)
+        return head
+
+    # --- connections -----------------------------------------------------------------------------------------------
+
+    def opened(self, connection: EdgeProtocol) -> bool:
+        """Count a new connection; False: there is no room for it."""
+        stats, limits = self.stats, self.limits
+        stats.accepted += 1
+        room = True
+        if len(self.connections) >= limits.connections:
+            room = self._evict(self.connections, _EVICT_AT_ONCE)
+        source = connection.source = _source(connection.client)
+        if source is not None:
+            mine = self._sources.get(source, 0)
+            self._sources[source] = mine + 1
+            if mine >= limits.connections_per_source:
+                room = self._evict([c for c in self.connections if c.source == source], 1)
+        self.connections.add(connection)
+        stats.open = len(self.connections)
+        return room
+
+    def closed(self, connection: EdgeProtocol) -> None:
+        self.connections.discard(connection)
+        self.stats.open = len(self.connections)
+        source = connection.source
+        if source is not None:
+            left = self._sources[source] - 1
+            if left:
+                self._sources[source] = left
+            else:
+                del self._sources[source]
+        if self.draining and not self.connections and self._empty is not None:
+            self._empty.set()
+
+    def first_deadline(self, timeout_s: float) -> float:
+        """Until when a connection without a request may live on."""
+        return min(self.now + timeout_s, self._grace_end)
+
+    def holds(self, change: int) -> None:
+        """Count bytes of incomplete bodies; at the limit the oldest ones give way."""
+        self.incomplete_bytes += change
+        if change > 0 and self.incomplete_bytes > self.limits.incomplete_bytes:
+            self._evict([c for c in self.connections if c.receiving is not None], 1)
+
+    def _evict(self, among: set[EdgeProtocol] | list[EdgeProtocol], count: int) -> bool:
+        """End those that have waited longest for their own peer: incomplete requests first, idle ones then."""
+        waiting: list[tuple[bool, float, int, EdgeProtocol]] = []
+        for connection in among:
+            since = connection.waiting_since()
+            if since is not None:
+                waiting.append((connection.idle, since, id(connection), connection))
+        for _, _, _, connection in heapq.nsmallest(min(count, max(1, len(waiting) // 8)), waiting):
+            self.stats.evicted += 1
+            connection.evict()
+        return bool(waiting)
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def drain(self, idle_grace_s: float) -> None:
+        """From now on every answer closes its connection; idle ones have ``idle_grace_s`` left for one more request."""
+        assert self._loop is not None
+        self.draining = True
+        self._grace_end = self._loop.time() + idle_grace_s
+        for connection in self.connections:
+            connection.hurry(self._grace_end)
+        if not self.connections and self._empty is not None:
+            self._empty.set()
+
+    async def emptied(self) -> None:
+        """Wait until the draining edge has neither connections nor requests at work."""
+        assert self._empty is not None
+        while self.connections or self.tasks:
+            if self.connections:
+                self._empty.clear()
+                await self._empty.wait()
+            if self.tasks:
+                await asyncio.wait(self.tasks)
+
+    async def cut(self) -> int:
+        """Cancel what is still at work and close every connection at once; returns how many requests that ended."""
+        count = sum(1 for connection in self.connections if connection.busy)
+        tasks = set(self.tasks)
+        self.stats.cancelled += max(count, len(tasks))
+        for task in tasks:
+            task.cancel("the server ends")
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+        for connection in list(self.connections):
+            connection.abort()
+        return max(count, len(tasks))
+
+
+def _source(client: tuple[str, int] | None) -> str | None:
+    """What a connection is counted under: its address, of IPv6 the /64 that one host has; None for exempt ones."""
+    if client is None:
+        return None
+    try:
+        address = ipaddress.ip_address(client[0].partition("%")[0])
+    except ValueError:
+        return client[0]
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is None:
+            return None if address.is_loopback else address.exploded[:19]
+        address = address.ipv4_mapped
+    return None if address.is_loopback else str(address)
