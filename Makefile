@@ -33,6 +33,7 @@ lint: env-test ## Check style and types only
 	@$(BIN)/ruff format --quiet --check $(SOURCES)
 	@$(BIN)/mypy
 	@MYPYPATH=examples/models $(BIN)/mypy deploy/*.py docs/*.py examples/*.py examples/models/make_models.py
+	@MYPYPATH=tests/bench $(BIN)/mypy tests/bench/*.py tests/bench/harness/*.py
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 unit: env-test ## Run the tests only; ARGS="tests/sdk -k retry" picks some
