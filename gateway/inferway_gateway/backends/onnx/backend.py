@@ -237,14 +237,15 @@ class OnnxBackend:
         # A run that uses more processors leaves fewer to others: what counts is what all of them get done together.
         callers, their_callers = (max(self._cpus // c.intra_op_threads, 1) for c in (choice, other))
         ours = theirs = float("inf")
-        for _ in range(5):
+        for turn in range(5):
             if callers == their_callers:
                 ours = min(ours, best.time(inputs, 0.02, repeats=3))
                 theirs = min(theirs, challenger.time(inputs, 0.02, repeats=3))
             else:
                 ours = min(ours, callers * throughput(partial(best.run, inputs), callers, 2))
                 theirs = min(theirs, callers * throughput(partial(challenger.run, inputs), their_callers, 2))
-            if time.monotonic() + 2 * (ours + theirs) > until:
+            hopeless = turn > 0 and theirs > ours * (1 + _MARGIN) / 2
+            if hopeless or time.monotonic() + 2 * (ours + theirs) > until:
                 break
         return ours, theirs, note
 

@@ -22,7 +22,7 @@ _BFLOAT16: Final = 16
 """TensorProto.DataType.BFLOAT16."""
 
 _SHRINK_FLOOR_BYTES: Final = 1 << 20
-"""Inputs smaller than this do not grow the arena by an amount that anyone would miss."""
+"""Inputs of this size are usual for any model: they do not grow the arena by an amount that anyone would miss."""
 _SHRINK_RATIO: Final = 4.0
 """How much larger than usual a run's inputs are when its memory is given back after it."""
 _USUAL_WEIGHT: Final = 1 / 16
@@ -63,7 +63,9 @@ class OnnxSession:
             if not size and name in self._row_inputs and array.shape[0] == 0:
                 # The answer is known, and some kernels divide by the number of rows, which ends the process.
                 return [self._empty(self.signature.output(wanted), inputs) for wanted in outputs]
-        options = self._run_options(nbytes, handle)
+        options = None
+        if handle is not None or nbytes > _SHRINK_FLOOR_BYTES or self._usual_nbytes > _SHRINK_FLOOR_BYTES:
+            options = self._run_options(nbytes, handle)
         try:
             if self._plain:
                 found: list[NDArray[Any]] = self._ort.run(outputs, inputs, options)
@@ -94,10 +96,10 @@ class OnnxSession:
         # The arena never shrinks by itself: one batch of 32 for a ResNet-50 kept 185 MB for good. Shrinking costs such
         # a run 4 %, so it is done after unusual ones only. Two threads may lose an update here; it is an estimate.
         usual = self._usual_nbytes
-        if nbytes > _SHRINK_FLOOR_BYTES and nbytes > usual * _SHRINK_RATIO and usual:
+        if nbytes > max(usual, _SHRINK_FLOOR_BYTES) * _SHRINK_RATIO:
             options = options or ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._usual_nbytes = nbytes if not usual else usual + (nbytes - usual) * _USUAL_WEIGHT
+        self._usual_nbytes = usual + (nbytes - usual) * _USUAL_WEIGHT
         return options
 
     def _run_mapped(self, inputs: Arrays, outputs: Sequence[str], options: Any) -> list[NDArray[Any]]:

@@ -135,7 +135,7 @@ def test_a_missing_file_and_a_folder_are_no_models(tmp_path: Path) -> None:
     assert read_graph(tmp_path) == GraphFacts()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
 @given(st.sampled_from([add_one(), endless(), masked_mean(), external_data()[0]]), st.data())
 def test_no_content_makes_reading_raise(read: Reader, content: bytes, data: st.DataObject) -> None:
     changed = bytearray(content)
@@ -144,7 +144,7 @@ def test_no_content_makes_reading_raise(read: Reader, content: bytes, data: st.D
     read(bytes(changed[: data.draw(st.integers(0, len(changed)))]))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.binary(max_size=300))
 def test_no_noise_makes_reading_raise(read: Reader, content: bytes) -> None:
     read(content)

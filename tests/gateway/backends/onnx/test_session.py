@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferway_gateway.backends.onnx.session import explain
@@ -328,6 +328,7 @@ def test_an_explanation_has_no_status_number_source_position_or_path(said: str, 
     assert explain(RuntimeError(said)) == told
 
 
+@settings(deadline=None)
 @given(st.text(max_size=2000))
 def test_an_explanation_is_one_bounded_line(text: str) -> None:
     told = explain(RuntimeError(text))
