@@ -22,7 +22,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -155,7 +155,7 @@ class Batcher:
         self._lock = runners.lock
         self._clock = clock or runners.clock
         self._run_timeout_s = config.run_timeout_s if config.run_timeout_s is not None else run_timeout_s
-        self._instances = config.instances or runners.threads
+        self._instances = config.instances or max(runners.threads // profile.intra_op_threads, 1)
         self._batched = signature.batched
         self._order = signature.output_names
         self.batching: Final = signature.batched and (profile.batchable if policy.enabled is None else policy.enabled)
@@ -253,17 +253,21 @@ class Batcher:
             raise ShuttingDownError("the model version is being taken out of service")
         if request.deadline is not None and self._clock() >= request.deadline:
             raise DeadlineExceededError("the deadline had passed before the request was queued")
-        if self._batched and not request.rows:
-            return await self._infer_no_rows(request)
-        return await self._wait(request, request.rows)
-
-    async def _wait(self, request: InferenceRequest, counted_rows: int) -> Answer:
-        waiter = self._admit(request, counted_rows)
+        rows = request.rows
+        if not rows and self._batched:
+            known = self._no_rows(request)
+            if isinstance(known, Answer):
+                return known
+            request = known
+        waiter = self._admit(request, rows)
         try:
-            return await waiter.future
+            answer = await waiter.future
         except asyncio.CancelledError:
             self._abandon(waiter)
             raise
+        if rows != request.rows:
+            answer.outputs = [array[:0] for array in answer.outputs]
+        return answer
 
     async def drain(self, timeout_s: float) -> int:
         """Take no new work, and wait for what there is.
@@ -353,7 +357,8 @@ class Batcher:
             self._serial += 1
             heapq.heappush(self._expiries, (expires, self._serial, waiter))
         self._gauge()
-        self._arm(now)
+        if expires < self._timer_at or self._queue.delayed:
+            self._arm(now)
         return waiter
 
     def _gathered(self) -> None:
@@ -362,10 +367,10 @@ class Batcher:
             self._runners.offer(self)
         self.refresh()
 
-    async def _infer_no_rows(self, request: InferenceRequest) -> Answer:
-        """Answer a request for no rows, which many models cannot run.
+    def _no_rows(self, request: InferenceRequest) -> Answer | InferenceRequest:
+        """Answer a request for no rows, which many models cannot run, or say what to run in its place.
 
-        Where the shape of an output is not known without a run, one row of zeros is run in its place and cut away.
+        Where the shape of an output is not known without a run, that is one row of zeros, to be cut away.
         """
         specs = [self._session.signature.output(name) for name in request.outputs]
         if all(-1 not in spec.shape[1:] for spec in specs):
@@ -376,18 +381,7 @@ class Batcher:
         for name, array in request.inputs.items():
             blank = "" if array.dtype == np.dtype(object) else 0
             zeros[name] = np.full((1, *array.shape[1:]), blank, dtype=array.dtype)
-        stand_in = InferenceRequest(
-            zeros,
-            request.outputs,
-            1,
-            request.nbytes,
-            request.priority,
-            request.deadline,
-            request.queue_timeout_s,
-        )
-        answer = await self._wait(stand_in, 0)
-        answer.outputs = [array[:0] for array in answer.outputs]
-        return answer
+        return replace(request, inputs=zeros, rows=1)
 
     def _most_rows(self, elements: int) -> int:
         """The rows of one request that go into one run; 0 for all. Lock held."""
@@ -575,7 +569,10 @@ class Batcher:
     def refresh(self) -> None:
         """Bring the gauges and the timer up to date with what the runners did. On the event loop."""
         self._gauge()
-        self._arm(self._clock())
+        now = self._clock()
+        # A timer that goes off before any run's time is up will see to those runs.
+        if self._timer_at > now + self._run_timeout_s or self._queue.delayed:
+            self._arm(now)
         if not self._jobs:
             self._quiet.set()
 

@@ -56,10 +56,12 @@ class BatchingOptions(_Strict):
     Attributes:
         enabled: true vouches for rows that depend on their mates, such as a dynamically quantised model's; false
             never puts requests together; not said leaves it to what the load-time probe finds.
+        row_exact: false runs a lone row without the copy of itself that gives it the same bits as in company.
         max_queue_rows, max_queue_bytes: how much may wait before requests are refused.
     """
 
     enabled: bool | None = None
+    row_exact: bool | None = None
     max_queue_rows: PositiveInt | None = None
     max_queue_bytes: PositiveInt | None = None
     padding: Annotated[tuple[PaddingOptions, ...], Field(strict=False)] = ()
@@ -72,11 +74,12 @@ class SessionOptionsTable(_Strict):
         providers: execution providers in order of preference, in place of the gateway's.
         intra_op_threads: threads inside one run.
         disabled_optimizers: graph optimisers of ONNX Runtime to leave out.
-        trial: false opens the session as said here, without trying alternatives and without measuring.
+        trial: false opens the session as said here, without trying alternatives and without timing runs; whether rows
+            may share a run is found out all the same.
         inline: true or false decides whether runs happen on the event loop, in place of the measurement.
     """
 
-    providers: Annotated[tuple[ProviderName, ...], Field(strict=False)] = ()
+    providers: Annotated[tuple[ProviderName, ...] | None, Field(strict=False)] = None
     intra_op_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     disabled_optimizers: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
     trial: bool | None = None
@@ -136,7 +139,7 @@ def apply_options(config: ModelConfig, options: ModelOptions) -> ModelConfig:
         run_timeout_s=options.run_timeout_s,
         batching=replace(
             config.batching,
-            **_said(batching, "enabled", "max_queue_rows", "max_queue_bytes"),
+            **_said(batching, "enabled", "row_exact", "max_queue_rows", "max_queue_bytes"),
             padding=tuple(PaddingAxis(**padding.model_dump()) for padding in batching.padding),
         ),
         session=replace(
@@ -147,4 +150,4 @@ def apply_options(config: ModelConfig, options: ModelOptions) -> ModelConfig:
 
 
 def _said(table: BaseModel, *names: str) -> dict[str, Any]:
-    return {name: getattr(table, name) for name in names if name in table.model_fields_set}
+    return {name: getattr(table, name) for name in names if getattr(table, name) is not None}

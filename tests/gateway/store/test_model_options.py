@@ -16,6 +16,7 @@ def test_everything_that_can_be_said_arrives() -> None:
 
         [batching]
         enabled = true
+        row_exact = false
         max_queue_rows = 10
         max_queue_bytes = 1000
 
@@ -41,6 +42,7 @@ def test_everything_that_can_be_said_arrives() -> None:
         preferred_rows=(4,),
         max_queue_rows=10,
         max_queue_bytes=1000,
+        row_exact=False,
         padding=(
             PaddingAxis(
                 inputs={"input_ids": 1, "attention_mask": 1},
@@ -69,7 +71,10 @@ def test_what_is_not_said_stays_as_it_was() -> None:
     ("text", "reason"),
     [
         ("speed = 1", "speed is not known, expected one of run_timeout_s, batching, session"),
-        ("[batching]\nenable = true", "batching.enable is not known, expected one of enabled, max_queue_rows"),
+        (
+            "[batching]\nenable = true",
+            "batching.enable is not known, expected one of enabled, row_exact, max_queue_rows",
+        ),
         ("[session]\nthreads = 2", "session.threads is not known, expected one of providers, intra_op_threads"),
         ("[batching]\nenabled = 1", "batching.enabled: Input should be a valid boolean"),
         ("[batching]\nmax_queue_rows = '10'", "batching.max_queue_rows: Input should be a valid integer"),
