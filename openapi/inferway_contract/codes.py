@@ -6,8 +6,7 @@ compares the two, and a third table, the gateway's own errors, with both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 ErrorCode: TypeAlias = Literal[
     "malformed_request",
@@ -39,9 +38,8 @@ ErrorCode: TypeAlias = Literal[
 """The closed set of codes of this version of the contract. A client keeps codes that it does not know as text."""
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorKind:
-    """What one code means on the wire.
+class ErrorKind(NamedTuple):
+    """What one code means on the wire. (A dataclass would make the SDK's import load ``inspect``, several milliseconds.)
 
     Attributes:
         code: the name of the situation, stable over releases.
