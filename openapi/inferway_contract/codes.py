@@ -39,7 +39,7 @@ ErrorCode: TypeAlias = Literal[
 
 
 class ErrorKind(NamedTuple):
-    """What one code means on the wire. (A dataclass would make the SDK's import load ``inspect``, several milliseconds.)
+    """What one code means on the wire. No dataclass: that would make the SDK's import load ``inspect``.
 
     Attributes:
         code: the name of the situation, stable over releases.
