@@ -32,6 +32,7 @@ from .measure import (
     find_sample,
     measure_cost,
     measure_inline,
+    probe_padding,
     probe_rows,
     throughput,
 )
@@ -136,6 +137,12 @@ class OnnxBackend:
         runner = Runner(session, watchdog)
         exactness, batched, note = _judge_rows(loader, runner, sample)
         notes.append(note)
+        if batched and sample is not None:
+            for padding in config.batching.padding:
+                note = probe_padding(runner, sample, padding)
+                if note:
+                    log.warning("model '%s': %s", loader.artifact.name, note)
+                    notes.append(note)
         wanted = config.batching.enabled
         batchable = wanted is not False and (
             exactness in ("exact", "padded") or (exactness == "inexact" and wanted is True)
@@ -236,14 +243,17 @@ class OnnxBackend:
         note = f"results differ by {gap:.1g} of the largest value" if gap > max(_EQUAL, noise) else ""
         # A run that uses more processors leaves fewer to others: what counts is what all of them get done together.
         callers, their_callers = (max(self._cpus // c.intra_op_threads, 1) for c in (choice, other))
+        names = best.session.signature.output_names
         ours = theirs = float("inf")
         for turn in range(5):
             if callers == their_callers:
                 ours = min(ours, best.time(inputs, 0.02, repeats=3))
                 theirs = min(theirs, challenger.time(inputs, 0.02, repeats=3))
             else:
-                ours = min(ours, callers * throughput(partial(best.run, inputs), callers, 2))
-                theirs = min(theirs, callers * throughput(partial(challenger.run, inputs), their_callers, 2))
+                ours = min(ours, callers * throughput(partial(best.session.run, inputs, names), callers, 2))
+                theirs = min(
+                    theirs, callers * throughput(partial(challenger.session.run, inputs, names), their_callers, 2)
+                )
             hopeless = turn > 0 and theirs > ours * (1 + _MARGIN) / 2
             if hopeless or time.monotonic() + 2 * (ours + theirs) > until:
                 break

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from ...core.backend import CostPoint, RowExactness, RunHandle, Session
 from ...core.errors import DeadlineExceededError, GatewayError
-from ...core.model_config import Warmup
+from ...core.model_config import PaddingAxis, Warmup
 from ...core.tensors import Arrays
 from .sample import Sample, candidates, same_bits
 
@@ -45,6 +45,11 @@ _LARGE_BATCH_S: Final = 0.25
 _OTHER_LENGTHS: Final = (7, 1)
 _NEAR: Final = 2e-2
 """Largest difference of a lone row from itself in a batch, relative to the largest value of the output."""
+
+_EXTRA: Final = 5
+"""Positions added to see what padding does."""
+_PADDING_NEAR: Final = 1e-3
+"""Other lengths take other kernels, whose rounding adds up through the layers of a network."""
 
 _SHORT_S: Final = 0.02
 """A run that took less the first time is timed without the watchdog, whose hand-over would be measured too."""
@@ -161,21 +166,26 @@ def probe_rows(runner: Runner, sample: Sample) -> tuple[RowExactness, str]:
     if not sample.has_different_rows():
         return "inexact", "no two different rows were found on which the model runs"
     verdict, note = _probe_at(runner, sample, thorough=True)
-    if verdict in ("exact", "padded"):
-        for other in _other_lengths(runner, sample):
-            again, why = _probe_at(runner, other, thorough=False)
-            if again not in ("exact", "padded"):
-                return again, why
-            if again == "padded":
-                verdict = "padded"
+    for other in _others(runner, sample):
+        if verdict not in ("exact", "padded"):
+            break
+        again, why = _probe_at(runner, other, thorough=False)
+        if again != "exact":
+            verdict, note = again, why
     return verdict, note
 
 
-def _other_lengths(runner: Runner, sample: Sample) -> Iterator[Sample]:
-    if not any(-1 in spec.shape[1:] for spec in sample.signature.inputs if not spec.optional) or sample.given:
-        return
-    for length in _OTHER_LENGTHS:
-        other = replace(sample, length=length, lengths={})
+def _others(runner: Runner, sample: Sample) -> Iterator[Sample]:
+    """Samples of other lengths and with the optional inputs, those on which the model runs.
+
+    Optional inputs on which it does not run stay unproved; a request that has them meets only requests that do.
+    """
+    tried = []
+    if any(-1 in spec.shape[1:] for spec in sample.signature.inputs if not spec.optional) and not sample.given:
+        tried += [replace(sample, length=length, lengths={}) for length in _OTHER_LENGTHS]
+    if any(spec.optional for spec in sample.signature.inputs):
+        tried.append(replace(sample, with_optional=True))
+    for other in tried:
         try:
             runner.run(other.batch([0]))
         except GatewayError:
@@ -196,7 +206,12 @@ def _probe_at(runner: Runner, sample: Sample, thorough: bool) -> tuple[RowExactn
         row_s = (time.perf_counter() - started) / 3
         batches = list(_PROBE_BATCHES)
         if thorough:
-            batches += [tuple(i % 3 for i in range(size)) for size in _LARGE_BATCHES if size * row_s < _LARGE_BATCH_S]
+            elements = sample.count_elements()
+            batches += [
+                tuple(i % 3 for i in range(size))
+                for size in _LARGE_BATCHES
+                if size * row_s < _LARGE_BATCH_S and size * elements <= _MAX_COST_ELEMENTS
+            ]
         return _compare(alone, [((0, 1), first), *((rows, runner.run(sample.batch(rows))) for rows in batches)])
     except DeadlineExceededError:
         return "unbatched", "a run of two rows did not end in time"
@@ -259,6 +274,33 @@ def distance(first: Results, second: Results) -> float:
     return worst
 
 
+def probe_padding(runner: Runner, sample: Sample, padding: PaddingAxis) -> str:
+    """What padding along an axis does to a row's own results; empty where it does nothing that matters.
+
+    A configuration declares that a row may be made longer by a fill that the model does not regard, usually because a
+    mask says so. Where it forgot the mask, or the model has none, answers would be wrong without any error.
+    """
+    inputs = sample.batch([0])
+    padded = dict(inputs)
+    for name, axis in padding.inputs.items():
+        array = inputs.get(name)
+        if array is None or array.dtype.kind not in "fiub":
+            return ""
+        widths = [(0, _EXTRA if number == axis else 0) for number in range(array.ndim)]
+        padded[name] = np.pad(array, widths, constant_values=padding.fill.get(name, 0))
+    length = next(inputs[name].shape[axis] for name, axis in padding.inputs.items())
+    try:
+        alone, longer = runner.run(inputs), runner.run(padded)
+    except GatewayError as error:
+        return f"a padded row does not run: {error.message}"
+    for place, spec in enumerate(sample.signature.outputs):
+        axis = padding.outputs.get(spec.name, 0)
+        if axis and longer[place].ndim > axis:
+            longer[place] = np.take(longer[place], range(length), axis)
+    gap = distance(alone, longer)
+    return f"padding changes results ({_difference(alone, longer)})" if gap > _PADDING_NEAR else ""
+
+
 def measure_cost(runner: Runner, sample: Sample, max_rows: int, budget_s: float) -> tuple[CostPoint, ...]:
     """Run time by rows: 1, 2, 4, … as far as ``max_rows`` and the budget reach.
 
@@ -283,6 +325,10 @@ def measure_cost(runner: Runner, sample: Sample, max_rows: int, budget_s: float)
             idle = 0
         points.append(CostPoint(rows, seconds))
         rows *= 2
+    # Fewer rows take no longer than more: where they seem to, a neighbour was busy for all of their runs.
+    for place in range(len(points) - 2, -1, -1):
+        if points[place].seconds > points[place + 1].seconds:
+            points[place] = replace(points[place], seconds=points[place + 1].seconds)
     return tuple(points)
 
 
@@ -338,13 +384,21 @@ def _stretch(sample: Sample, elements: int, axis: str) -> dict[str, NDArray[Any]
 
 
 def throughput(call: Callable[[], object], callers: int, runs: int) -> float:
-    """Seconds per run with that many callers at once, each in its own thread."""
+    """Seconds per run with that many callers at once, each in its own thread.
+
+    Raises:
+        GatewayError: a run failed.
+    """
     gate = threading.Barrier(callers + 1)
+    errors: list[GatewayError] = []
 
     def work() -> None:
         gate.wait()
-        for _ in range(runs):
-            call()
+        try:
+            for _ in range(runs):
+                call()
+        except GatewayError as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=work, name="inferway-load-trial") for _ in range(callers)]
     for thread in threads:
@@ -353,4 +407,6 @@ def throughput(call: Callable[[], object], callers: int, runs: int) -> float:
     started = time.perf_counter()
     for thread in threads:
         thread.join()
+    if errors:
+        raise errors[0]
     return (time.perf_counter() - started) / (callers * runs)

@@ -8,6 +8,7 @@ on what the runs gave.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ LENGTHS: Final = (32, 8, 16, 64, 224, 1, 128, 256, 512)
 _SCALES: Final = (1.0, 0.3, 3.0, 0.1, 1.7)
 """Rows differ in magnitude too, so that a scale shared by the rows of a batch shows in the result."""
 
+_MAX_ELEMENTS: Final = 1 << 22
+
 _WORDS: Final = ("gateway", "a", "model of some length", "Übung", "0", "")
 
 
@@ -40,6 +43,7 @@ class Sample:
         length: of every variable axis but the batch's.
         lengths: exceptions to ``length``, by input and axis.
         given: rows that a configuration supplies; further rows are made from them by turning them around.
+        with_optional: make optional inputs too, which are left out otherwise.
     """
 
     signature: Signature
@@ -47,19 +51,17 @@ class Sample:
     length: int
     lengths: Mapping[tuple[str, int], int]
     given: Mapping[str, NDArray[Any]]
+    with_optional: bool = False
 
     def batch(self, rows: Sequence[int]) -> dict[str, NDArray[Any]]:
-        """The inputs of these rows, by their numbers; for a signature without batch axis, those of row ``rows[0]``.
-
-        Optional inputs are left out.
-        """
-        required = [spec for spec in self.signature.inputs if not spec.optional]
+        """The inputs of these rows, by their numbers; for a signature without batch axis, those of row ``rows[0]``."""
+        wanted = [spec for spec in self.signature.inputs if self.with_optional or not spec.optional]
         if not self.signature.batched:
-            return {spec.name: self._row(index, spec, rows[0]) for index, spec in enumerate(required)}
+            return {spec.name: self._row(index, spec, rows[0]) for index, spec in enumerate(wanted)}
         distinct = sorted(set(rows))
         places = [distinct.index(row) for row in rows]
         found = {}
-        for index, spec in enumerate(required):
+        for index, spec in enumerate(wanted):
             made = np.stack([self._row(index, spec, row) for row in distinct])
             found[spec.name] = made if places == list(range(len(distinct))) else made[places]
         return found
@@ -75,13 +77,20 @@ class Sample:
     def _row(self, index: int, spec: TensorSpec, row: int) -> NDArray[Any]:
         if spec.name in self.given:
             return _turn(self.given[spec.name], row)
+        return make_values(spec.name, spec.datatype, self._shape(spec), self.kind, (row, index))
+
+    def _shape(self, spec: TensorSpec) -> tuple[int, ...]:
         first = 1 if self.signature.batched else 0
-        shape = tuple(
+        return tuple(
             self.lengths.get((spec.name, axis), self.length) if dim == -1 else dim
             for axis, dim in enumerate(spec.shape)
             if axis >= first
         )
-        return make_values(spec.name, spec.datatype, shape, self.kind, (row, index))
+
+    def is_small(self) -> bool:
+        """One row can be made without a thought for memory: three variable axes of 512 are half a gigabyte."""
+        specs = [spec for spec in self.signature.inputs if not spec.optional]
+        return sum(math.prod(self._shape(spec)) for spec in specs) <= _MAX_ELEMENTS
 
 
 def _turn(array: NDArray[Any], row: int) -> NDArray[Any]:
@@ -143,9 +152,13 @@ def candidates(signature: Signature, warmups: Sequence[Warmup], bounded: bool) -
     else:
         for length in LENGTHS if variable else LENGTHS[:1]:
             for kind in kinds:
-                yield Sample(signature, kind, length, {}, {})
+                sample = Sample(signature, kind, length, {}, {})
+                if not variable or sample.is_small():
+                    yield sample
     for length in LENGTHS if variable else LENGTHS[:1]:
-        yield Sample(signature, "zero", length, {}, {})
+        sample = Sample(signature, "zero", length, {}, {})
+        if not variable or sample.is_small():
+            yield sample
 
 
 def warmup_inputs(warmup: Warmup, signature: Signature, rows: int | None = None) -> dict[str, NDArray[Any]]:

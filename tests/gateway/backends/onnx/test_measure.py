@@ -22,7 +22,7 @@ from inferway_gateway.backends.onnx.measure import (
 from inferway_gateway.backends.onnx.sample import Sample
 from inferway_gateway.core.backend import Profile, RunHandle
 from inferway_gateway.core.errors import DeadlineExceededError, ModelExecutionError
-from inferway_gateway.core.model_config import ModelConfig, SessionOptions
+from inferway_gateway.core.model_config import BatchPolicy, ModelConfig, PaddingAxis, SessionOptions
 from inferway_gateway.core.tensors import Arrays, Signature, TensorSpec
 from models import (
     F32,
@@ -225,6 +225,21 @@ def test_cost_is_measured_by_doubling_up_to_what_the_model_takes() -> None:
         assert [p.rows for p in measure_cost(Runner(CountedSession(99), watchdog), sample, 64, 0.0)] == [1]
 
 
+def test_cost_never_falls_with_rows() -> None:
+    release = threading.Event()
+
+    def compute(inputs: Arrays) -> list[NDArray[Any]]:
+        if len(inputs["x"]) == 2:
+            release.wait(0.01)
+        return [inputs["x"]]
+
+    with Watchdog(5.0) as watchdog:
+        runner = Runner(ComputedSession(ROWS, compute), watchdog)
+        cost = measure_cost(runner, Sample(ROWS, "plain", 4, {}, {}), 4, 5.0)
+    assert [point.rows for point in cost] == [1, 2, 4]
+    assert cost[0].seconds <= cost[1].seconds <= cost[2].seconds < 0.01
+
+
 def test_inline_runs_end_where_the_model_does() -> None:
     sample = Sample(ROWS, "plain", 4, {}, {})
     with Watchdog(5.0) as watchdog:
@@ -244,6 +259,55 @@ def test_inline_runs_are_held_against_long_rows_as_well_as_many() -> None:
     sample = Sample(signature, "plain", 4, {}, {})
     with Watchdog(5.0) as watchdog:
         assert measure_inline(Runner(ComputedSession(signature, compute), watchdog), sample, 1.0, 5.0) == 8
+
+
+def masked_mean_padding(**inputs: int) -> ModelConfig:
+    padding = PaddingAxis(inputs, {"tokens": 1}, {"input_ids": 7})
+    return ModelConfig(session=SessionOptions(trial=False), batching=BatchPolicy(padding=(padding,)))
+
+
+def test_padding_that_the_mask_hides_is_fine(open_model: OpenModel) -> None:
+    note = open_model(masked_mean(), masked_mean_padding(input_ids=1, attention_mask=1)).profile.note
+    assert "padding" not in note
+
+
+def test_padding_without_a_mask_is_noticed(open_model: OpenModel, caplog: pytest.LogCaptureFixture) -> None:
+    content = model(
+        [
+            node("ReduceMean", ["input_ids", "axes"], ["pooled"], keepdims=0),
+            node("Identity", ["input_ids"], ["tokens"]),
+        ],
+        [value("input_ids", F32, ["batch", "sequence"])],
+        [value("pooled", F32, ["batch"]), value("tokens", F32, ["batch", "sequence"])],
+        {"axes": np.array([1])},
+    )
+    assert "padding changes results" in open_model(content, masked_mean_padding(input_ids=1)).profile.note
+    assert "padding changes results" in caplog.text
+
+
+def test_padding_some_inputs_only_is_noticed(open_model: OpenModel) -> None:
+    note = open_model(masked_mean(), masked_mean_padding(input_ids=1)).profile.note
+    assert "a padded row does not run: model 'm' failed" in note
+
+
+def test_rows_that_depend_on_each_other_through_an_optional_input_are_found(open_model: OpenModel) -> None:
+    content = model(
+        [node("ReduceSum", ["bias", "axes"], ["b"], keepdims=1), node("Add", ["x", "b"], ["y"])],
+        [value("x", F32, ["batch", 4]), value("bias", F32, ["batch", 4])],
+        [value("y", F32, ["batch", 4])],
+        {"axes": np.array([0]), "bias": np.zeros((1, 4), np.float32)},
+    )
+    session = open_model(content, UNMEASURED)
+    assert session.signature.inputs[1].optional
+    assert (session.profile.row_exactness, session.profile.batchable) == ("inexact", False)
+
+
+def test_throughput_raises_what_a_run_raised() -> None:
+    def fail() -> None:
+        raise ModelExecutionError("no")
+
+    with pytest.raises(ModelExecutionError):
+        throughput(fail, 2, 1)
 
 
 def test_throughput_makes_every_caller_run() -> None:

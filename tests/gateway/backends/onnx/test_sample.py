@@ -62,6 +62,15 @@ def test_an_optional_input_is_left_out() -> None:
     assert list(Sample(some, "plain", 4, {}, {}).batch([0])) == ["x"]
 
 
+def test_lengths_that_would_fill_the_memory_are_not_tried() -> None:
+    volume = signature(TensorSpec("x", "FP32", (-1, -1, -1, -1)))
+    tried = list(candidates(volume, (), True))
+    assert all(sample.length**3 <= 1 << 22 for sample in tried)
+    assert {8, 32, 128} <= {sample.length for sample in tried}
+    large = signature(TensorSpec("x", "FP32", (-1, 3, 4096, 4096)))
+    assert list(candidates(large, (), True))
+
+
 def test_a_fixed_shape_is_tried_at_one_length_only() -> None:
     fixed = signature(TensorSpec("x", "FP32", (-1, 4)))
     assert {sample.length for sample in candidates(fixed, (), True)} == {LENGTHS[0]}
