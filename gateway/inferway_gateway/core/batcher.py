@@ -282,6 +282,7 @@ class Batcher:
         with self._lock:
             self._queue.hurry = True
             self._runners.offer(self)
+        self.refresh()
         try:
             async with asyncio.timeout(timeout_s):
                 while self._waiters:
@@ -357,7 +358,7 @@ class Batcher:
             self._serial += 1
             heapq.heappush(self._expiries, (expires, self._serial, waiter))
         self._gauge()
-        if expires < self._timer_at or self._queue.delayed:
+        if expires < self._timer_at or self._unwatched(now):
             self._arm(now)
         return waiter
 
@@ -471,6 +472,10 @@ class Batcher:
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
+    def _unwatched(self, now: float) -> bool:
+        """Whether something may be due before the timer. A timer within a run's time sees to all runs that began."""
+        return self._timer_at > now + self._run_timeout_s or self._queue.delayed
+
     def _arm(self, now: float) -> None:
         """Let ``_tick`` be called when the next thing is due, unless it is called before that anyway."""
         at = self._expiries[0][0] if self._expiries else math.inf
@@ -570,8 +575,7 @@ class Batcher:
         """Bring the gauges and the timer up to date with what the runners did. On the event loop."""
         self._gauge()
         now = self._clock()
-        # A timer that goes off before any run's time is up will see to those runs.
-        if self._timer_at > now + self._run_timeout_s or self._queue.delayed:
+        if self._unwatched(now):
             self._arm(now)
         if not self._jobs:
             self._quiet.set()

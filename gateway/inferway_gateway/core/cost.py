@@ -13,6 +13,8 @@ common. A size that was never run thus follows its neighbours, one that was run 
 and a run counts for as much as is not known yet. Source: R. E. Kalman, "A New Approach to Linear Filtering and
 Prediction Problems", 1960, for a random walk observed one element at a time.
 
+Learning costs some microseconds. Where a run is not much longer, only some of the runs of a size are learnt from.
+
 While rows wait, one run in ``EXPLORE_EVERY`` takes one step more than the target, or one less, by turns. It does so
 only where the other size may be better for all that is known, and is not believed to lose much.
 """
@@ -33,6 +35,11 @@ ROWS_BOUND: Final = 1024
 EXPLORE_EVERY: Final = 32
 EXPLORE_AT_LEAST: Final = 0.75
 """Rows per second that a size must promise, as a share of the target's, to be tried."""
+
+LEARN_S: Final = 1e-5
+"""What taking in one run costs."""
+LEARN_SHARE: Final = 0.02
+"""The share of the run time that learning may take, for runs of one size."""
 
 _GROW: Final = 1.03  # rows/s must rise by that much for more rows, or waiting and padding are spent on noise
 _KEEP: Final = 1.01  # and by that much to stay there, so that the target does not flutter
@@ -211,6 +218,8 @@ class CostModel:
         self._row_elements = row_elements
         self._lone_rows = lone_rows
         self._variable = variable
+        self._budget_s = 0.0
+        self._last_rows = 0
         self._latest = self._new(1.0, 1.0)
         self._curves: dict[int, CostCurve] = {0: self._latest}
 
@@ -237,6 +246,11 @@ class CostModel:
 
     def learn(self, row_elements: int, rows: int, seconds: float) -> None:
         """Take in one run of ``rows`` rows of ``row_elements`` elements each, as they were run."""
+        self._budget_s += seconds * LEARN_SHARE
+        if self._budget_s < LEARN_S and rows == self._last_rows:
+            return
+        self._budget_s = 0.0
+        self._last_rows = rows
         curve = self.curve(row_elements)
         curve.learn(rows, seconds)
         self._latest = curve

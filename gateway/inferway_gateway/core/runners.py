@@ -143,12 +143,23 @@ class RunnerPool:
         return len(self._running) >= self.threads
 
     def offer(self, source: Source, *, later: bool = False) -> None:
-        """``source`` may have a job. Begins what can begin, unless ``later``. On the event loop, lock held."""
+        """``source`` may have a job. Begins what can begin, unless ``later``. On the event loop, lock held.
+
+        Whoever calls this brings ``source`` up to date itself, after it has let go of the lock.
+        """
         if self._closed:
             return
         self._enlist(source)
-        if not later:
+        if later:
+            return
+        if len(self._running) < self.threads or self._watch is None or self._some_slow():
             self._dispatch()
+            self._begun.discard(source)
+            if self._begun:
+                self._tell_later()
+
+    def _some_slow(self) -> bool:
+        return self.clock() - min(self._running.values()) >= self._slow_after_s
 
     def _dispatch(self) -> None:
         """Hand jobs to idle threads while there are both. On the event loop, lock held."""
@@ -160,7 +171,11 @@ class RunnerPool:
             self._hand_over(job)
         if self._ready and self._watch is None:
             self._arm(now)
-        if self._failed and not self._told:
+        if self._failed:
+            self._tell_later()
+
+    def _tell_later(self) -> None:
+        if not self._told:
             self._told = True
             self._tell(self._collect)
 
@@ -178,12 +193,12 @@ class RunnerPool:
     def _collect(self) -> None:
         """Answer what ended. On the event loop, once for all runs that ended before it looked."""
         with self.lock:
+            if self._ready and not self._closed:
+                self._dispatch()
             self._told = False
             ended, self._ended = self._ended, []
             sources, self._begun = self._begun, set()
             failed, self._failed = self._failed, []
-            if self._ready and not self._closed:
-                self._dispatch()
         for job in ended:
             sources.add(job.source)
             try:
@@ -205,9 +220,7 @@ class RunnerPool:
 
     def _look(self) -> None:
         self._watch = None
-        with self.lock:
-            if self._ready and not self._closed:
-                self._dispatch()
+        self._collect()
 
     # -- on any thread, lock held --------------------------------------------------------------------------------------
 
