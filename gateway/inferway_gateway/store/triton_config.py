@@ -176,7 +176,7 @@ def _set_type(field: FieldDescriptorProto, type_name: str, kinds: dict[str, str]
 
 
 MODEL_CONFIG: Final = _build_schema()
-"""The message class of a model configuration. Its fields exist at run time only, so to a type checker it is anything."""
+"""Makes an empty configuration message. Its fields exist at run time only, so to a type checker it is anything."""
 
 
 def parse_text(text: str) -> tuple[Any, str]:
