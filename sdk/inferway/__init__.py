@@ -1,0 +1,149 @@
+"""Inferway's client SDK: run models on a gateway from Python.
+
+    from inferway import Inferway
+
+    with Inferway("http://127.0.0.1:8080", api_key="ifw_…") as client:
+        result = client.infer("digits", images)
+        print(result["scores"])
+
+`AsyncInferway` has the same methods to await. Importing this package imports nothing else: a name's module is imported
+when the name is first used (PEP 562), so that a program pays for numpy and httpx only where it calls a model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._client import AsyncInferway, Inferway
+    from ._errors import (
+        APIConnectionError,
+        APIError,
+        APIResponseValidationError,
+        APIStatusError,
+        APITimeoutError,
+        AuthenticationError,
+        BadRequestError,
+        ClientClosedError,
+        ConfigurationError,
+        ConflictError,
+        DeadlineExceededError,
+        InferwayError,
+        InternalServerError,
+        InvalidInputError,
+        InvalidTensorError,
+        KeyNotFoundError,
+        ModelFailedError,
+        ModelLoadError,
+        ModelNotFoundError,
+        ModelNotReadyError,
+        NotFoundError,
+        PayloadTooLargeError,
+        PermissionDeniedError,
+        QueueFullError,
+        RateLimitError,
+        ServiceUnavailableError,
+        UnsupportedError,
+        VersionNotFoundError,
+    )
+    from ._inference import InferenceResult
+    from ._options import (
+        NOT_GIVEN,
+        Clock,
+        NotGiven,
+        RequestEvent,
+        RequestOptions,
+        ResponseEvent,
+        RetryEvent,
+        RetryPolicy,
+        Timeout,
+    )
+    from ._raw import RawResponse
+    from ._signature import ModelMetadata, TensorSpec
+    from ._version import __version__
+    from .resources.inference import AsyncModelHandle, ModelHandle
+
+__all__ = [
+    "NOT_GIVEN",
+    "APIConnectionError",
+    "APIError",
+    "APIResponseValidationError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AsyncInferway",
+    "AsyncModelHandle",
+    "AuthenticationError",
+    "BadRequestError",
+    "ClientClosedError",
+    "Clock",
+    "ConfigurationError",
+    "ConflictError",
+    "DeadlineExceededError",
+    "InferenceResult",
+    "Inferway",
+    "InferwayError",
+    "InternalServerError",
+    "InvalidInputError",
+    "InvalidTensorError",
+    "KeyNotFoundError",
+    "ModelFailedError",
+    "ModelHandle",
+    "ModelLoadError",
+    "ModelMetadata",
+    "ModelNotFoundError",
+    "ModelNotReadyError",
+    "NotFoundError",
+    "NotGiven",
+    "PayloadTooLargeError",
+    "PermissionDeniedError",
+    "QueueFullError",
+    "RateLimitError",
+    "RawResponse",
+    "RequestEvent",
+    "RequestOptions",
+    "ResponseEvent",
+    "RetryEvent",
+    "RetryPolicy",
+    "ServiceUnavailableError",
+    "TensorSpec",
+    "Timeout",
+    "UnsupportedError",
+    "VersionNotFoundError",
+    "__version__",
+]
+
+_MODULES = {
+    "AsyncInferway": "_client",
+    "AsyncModelHandle": "resources.inference",
+    "Clock": "_options",
+    "InferenceResult": "_inference",
+    "Inferway": "_client",
+    "ModelHandle": "resources.inference",
+    "ModelMetadata": "_signature",
+    "NOT_GIVEN": "_options",
+    "NotGiven": "_options",
+    "RawResponse": "_raw",
+    "RequestEvent": "_options",
+    "RequestOptions": "_options",
+    "ResponseEvent": "_options",
+    "RetryEvent": "_options",
+    "RetryPolicy": "_options",
+    "TensorSpec": "_signature",
+    "Timeout": "_options",
+    "__version__": "_version",
+}
+"""Where public names live; every other one is an error, in ``_errors``."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    found = getattr(import_module(f".{_MODULES.get(name, '_errors')}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,320 @@
+"""Every error that the SDK raises.
+
+    InferwayError
+      ConfigurationError                       also ValueError: an argument or environment variable cannot be used
+      ClientClosedError                        also RuntimeError
+      InvalidInputError                        also ValueError: inputs do not fit the model's signature
+      APIError                                 a call was made and has no result
+        APIConnectionError                     no complete answer came
+          APITimeoutError                      also TimeoutError: the call's time is over
+        APIResponseValidationError             an answer came that is none of this API
+        APIStatusError                         the gateway, or something before it, answered with an error
+          BadRequestError                400
+            InvalidTensorError           400   also InvalidInputError: found by the gateway, not by the SDK
+            ModelLoadError               400
+          AuthenticationError            401
+          PermissionDeniedError          403
+          NotFoundError                  404
+            ModelNotFoundError, VersionNotFoundError, KeyNotFoundError
+          ConflictError                  409
+          PayloadTooLargeError           413
+          RateLimitError                 429
+          InternalServerError            500 and every other 5xx
+            ModelFailedError             500   the model itself failed on this input
+            UnsupportedError             501
+            ServiceUnavailableError      503
+              ModelNotReadyError, QueueFullError
+            DeadlineExceededError        504   also APITimeoutError: the time ran out at the gateway
+
+An answer's ``code`` chooses the class, then its status. An error with a code that this version does not know is still
+the class of its status, with the code as text. ``str()`` is short and for people; ``repr()`` has every fact for a
+support ticket. Neither ever holds an API key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+
+class InferwayError(Exception):
+    """Base of everything that the SDK raises on purpose."""
+
+
+class ConfigurationError(InferwayError, ValueError):
+    """An argument of a client or a call, or an environment variable, cannot be used as it is."""
+
+
+class ClientClosedError(InferwayError, RuntimeError):
+    """The client was closed; make a new one."""
+
+
+class InvalidInputError(InferwayError, ValueError):
+    """Inputs do not fit the model's signature: a name, a datatype, a shape or a value.
+
+    Raised by the SDK before anything is sent, and as `InvalidTensorError` when the gateway found it.
+
+    Attributes:
+        tensor: name of the input at fault; None where the fault is none of a single input.
+    """
+
+    tensor: str | None = None
+
+    def __init__(self, message: str, *, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(cls: type[InferwayError], args: tuple[Any, ...], state: dict[str, Any]) -> InferwayError:
+    """Undo pickling. ``__init__`` takes keywords that pickle does not know of, so it is not called again."""
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class APIError(InferwayError):
+    """A call was made and has no result.
+
+    Attributes:
+        message: what happened, in one sentence.
+        status_code: HTTP status of the last answer, None where none came.
+        code: the contract's name of the situation, such as ``queue_full``; None where the answer had none.
+        request_id: the id under which the gateway's log knows the last attempt.
+        attempts: how often the call was sent.
+        retryable: the same call may succeed later. The SDK has tried again already, as far as its policy went.
+        retry_after: seconds that the gateway asked to wait, where it did.
+        elapsed: seconds from the call to this error.
+    """
+
+    message: str
+    status_code: int | None
+    code: str | None
+    request_id: str | None
+    attempts: int
+    retryable: bool
+    retry_after: float | None
+    elapsed: float | None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status_code: int | None = None,
+        code: str | None = None,
+        request_id: str | None = None,
+        attempts: int = 1,
+        retryable: bool = False,
+        retry_after: float | None = None,
+        elapsed: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status_code = status_code
+        self.code = code
+        self.request_id = request_id
+        self.attempts = attempts
+        self.retryable = retryable
+        self.retry_after = retry_after
+        self.elapsed = elapsed
+
+    def __str__(self) -> str:
+        facts = [
+            " ".join(str(fact) for fact in (self.status_code, self.code) if fact is not None),
+            f"{self.attempts} attempts" if self.attempts > 1 else "",
+            f"request {self.request_id}" if self.request_id else "",
+        ]
+        known = ", ".join(fact for fact in facts if fact)
+        return f"{self.message} ({known})" if known else self.message
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name}={getattr(self, name)!r}" for name in _FACTS)
+        return f"{type(self).__name__}({self.message!r}, {facts})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+_FACTS: Final = ("status_code", "code", "request_id", "attempts", "retryable", "retry_after", "elapsed")
+
+
+class APIConnectionError(APIError):
+    """No complete answer came: the connection was refused, broke, or could not be secured.
+
+    Attributes:
+        sent: False when the gateway cannot have seen the request; then repeating it never does anything twice.
+    """
+
+    sent: bool
+
+    def __init__(self, message: str, *, sent: bool = True, **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.sent = sent
+
+
+class APITimeoutError(APIConnectionError, TimeoutError):
+    """The time that the caller granted is over, or one of its parts: connecting, reading.
+
+    The total time covers every attempt and every delay between them, see `Timeout`.
+    """
+
+
+class APIResponseValidationError(APIError):
+    """An answer came that does not follow the contract: cut off, too long, no JSON, members missing or of wrong type.
+
+    Attributes:
+        body: the first kilobyte of the answer's body, as text.
+    """
+
+    body: str
+
+    def __init__(self, message: str, *, body: str = "", **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.body = body
+
+
+class APIStatusError(APIError):
+    """An answer with an error status. See the class for its status or code.
+
+    Attributes:
+        body: the answer's body: the decoded JSON object where it was one, else the first kilobyte as text.
+        headers: the answer's headers.
+    """
+
+    status_code: int
+    body: Any
+    headers: Mapping[str, str]
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status_code: int,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        **facts: Any,
+    ) -> None:
+        super().__init__(message, status_code=status_code, **facts)
+        self.body = body
+        self.headers = {} if headers is None else headers
+
+
+class BadRequestError(APIStatusError):
+    """The gateway cannot read the request, or does not accept a value in it."""
+
+
+class InvalidTensorError(BadRequestError, InvalidInputError):
+    """The gateway found that a tensor does not fit the model's signature; the message says what was expected."""
+
+
+class ModelLoadError(BadRequestError):
+    """The model could not be loaded; the message says why."""
+
+
+class AuthenticationError(APIStatusError):
+    """No API key, or one that is unknown, expired or revoked; the gateway never says which."""
+
+
+class PermissionDeniedError(APIStatusError):
+    """The key is good and lacks a scope that this call needs."""
+
+
+class NotFoundError(APIStatusError):
+    """There is nothing of that name, or nothing that this key may see."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """There is no model of that name, or none that this key may see."""
+
+
+class VersionNotFoundError(NotFoundError):
+    """The model has no such version."""
+
+
+class KeyNotFoundError(NotFoundError):
+    """There is no API key with that id."""
+
+
+class ConflictError(APIStatusError):
+    """The request contradicts the present state of the object."""
+
+
+class PayloadTooLargeError(APIStatusError):
+    """The body is longer than the gateway accepts: send fewer rows at once."""
+
+
+class RateLimitError(APIStatusError):
+    """Too many requests; ``retry_after`` says when to come back, where the gateway knows it."""
+
+
+class InternalServerError(APIStatusError):
+    """The gateway, or something before it, failed; its log knows more under ``request_id``."""
+
+
+class ModelFailedError(InternalServerError):
+    """The model itself failed on this input, which had passed every check of its signature."""
+
+
+class UnsupportedError(InternalServerError):
+    """The gateway knows the operation or encoding and does not offer it."""
+
+
+class ServiceUnavailableError(InternalServerError):
+    """The gateway cannot answer now: it starts, drains, is full or misses its database."""
+
+
+class ModelNotReadyError(ServiceUnavailableError):
+    """The model is there and cannot answer now: it is being loaded or unloaded, or its loading failed."""
+
+
+class QueueFullError(ServiceUnavailableError):
+    """The model's queue is full."""
+
+
+class DeadlineExceededError(InternalServerError, APITimeoutError):
+    """The time that the caller granted was over at the gateway before the answer was there."""
+
+    sent = True
+
+
+_BY_CODE: Final[dict[str, type[APIStatusError]]] = {
+    "invalid_tensor": InvalidTensorError,
+    "model_load_failed": ModelLoadError,
+    "model_not_found": ModelNotFoundError,
+    "version_not_found": VersionNotFoundError,
+    "key_not_found": KeyNotFoundError,
+    "model_failed": ModelFailedError,
+    "model_not_ready": ModelNotReadyError,
+    "queue_full": QueueFullError,
+    "deadline_exceeded": DeadlineExceededError,
+}
+"""Codes that have a class of their own; all others are the class of their status."""
+
+_BY_STATUS: Final[dict[int, type[APIStatusError]]] = {
+    400: BadRequestError,
+    401: AuthenticationError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    409: ConflictError,
+    413: PayloadTooLargeError,
+    429: RateLimitError,
+    501: UnsupportedError,
+    503: ServiceUnavailableError,
+}
+
+
+def status_error_class(status_code: int, code: str | None) -> type[APIStatusError]:
+    """The class for an answer: by its code, then by its status.
+
+    A 504 without the gateway's code is a proxy's word about its upstream, not the caller's deadline.
+    """
+    if code is not None and code in _BY_CODE:
+        return _BY_CODE[code]
+    return _BY_STATUS.get(status_code, InternalServerError if status_code >= 500 else APIStatusError)
+
+
+class MalformedAnswer(ValueError):
+    """Private: a reader found that an answer breaks the contract; `_core.read` makes it the public error."""
