@@ -31,7 +31,7 @@ from .infer import infer
 from .key_bodies import deprecation
 from .problems import STATUSES, render
 from .routes_oip import parse_version
-from .routing import ApiRoute, MethodNotAllowedError, authorise, known_principal
+from .routing import ApiRoute, MethodNotAllowedError, authorise, header_fields, known_principal
 
 logger = logging.getLogger("inferway.http")
 
@@ -77,7 +77,7 @@ class GatewayApplication(Starlette):
     def __init__(self, routes: Sequence[BaseRoute], lifespan: Any) -> None:
         super().__init__(routes=routes, lifespan=lifespan)
         self.router.redirect_slashes = False
-        self._prefix = secrets.token_hex(6)
+        self._prefix = secrets.token_hex(6).encode()
         self._count = itertools.count(1)
         self.edge_stats = EdgeStats()
         """Counted by the server that runs this application, where that is ours."""
@@ -94,25 +94,27 @@ class GatewayApplication(Starlette):
             await self._lifespan(scope, receive, send)
             return
         started = perf_counter()
+        fields = header_fields(scope)
+        request_id = fields.get(b"x-request-id")
+        if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+            request_id = b"%s-%x" % (self._prefix, next(self._count))
         scope["app"] = self
-        request_id = self._request_id(scope["headers"])
         scope["request_id"] = request_id
         scope["response_headers"] = ()
-        state = scope["state"]
-        path: str = scope["path"]
         status = 200
         size = 0
-        sent = False
         route = None
+        answer = None
         try:
-            target = _infer_target(path) if scope["method"] == "POST" else None
+            target = _infer_target(scope["path"]) if scope["method"] == "POST" else None
             if target is not None:
-                route = _INFER_ROUTE if target[1] is None else _INFER_VERSION_ROUTE
-                authenticator = state["authenticator"]
-                principal = known_principal(authenticator, scope["headers"], INFER_SCOPES) or await authorise(
-                    authenticator, scope["headers"], INFER_SCOPES
-                )
-                assert principal is not None  # only a public route has none
+                name, version = target
+                route = _INFER_ROUTE if version is None else _INFER_VERSION_ROUTE
+                authenticator = scope["state"]["authenticator"]
+                principal = known_principal(authenticator, fields, INFER_SCOPES)
+                if principal is None:
+                    principal = await authorise(authenticator, fields, INFER_SCOPES)
+                    assert principal is not None  # only a public route has none
                 scope["principal"] = principal
                 if principal.rotated_at is not None:
                     scope["response_headers"] = deprecation(principal)
@@ -120,38 +122,28 @@ class GatewayApplication(Starlette):
                     scope,
                     receive,
                     send,
-                    name=target[0],
-                    version=parse_version(target[1]),
+                    name=name,
+                    version=None if version is None else parse_version(version),
                     principal=principal,
                     started=started,
                 )
             else:
-
-                async def observed(message: Message) -> None:
-                    nonlocal status, sent, size
-                    if message["type"] == "http.response.start":
-                        status, sent = message["status"], True
-                        headers = message.setdefault("headers", [])
-                        headers.append((b"x-request-id", request_id))
-                        headers += _SECURITY_HEADERS
-                        headers += scope["response_headers"]
-                    else:
-                        size += len(message.get("body", b""))
-                    await send(message)
-
+                answer = _Answer(scope, send)
                 try:
-                    await self.router(scope, receive, observed)
+                    await self.router(scope, receive, answer.send)
                 finally:
                     found = scope.get("route")
                     route = found.path if found is not None else None
+                    status, size = answer.status, answer.size
         except Exception as error:  # the last resort of every request: nothing may leave without an answer
             problem = _as_gateway_error(error, scope)
-            status = STATUSES[problem.code]
-            if sent:
+            if answer is not None and answer.begun:
                 logger.exception("request %s failed after its answer began", request_id.decode())
                 raise
+            status = STATUSES[problem.code]
             if not isinstance(problem, CancelledByCallerError):
                 size = await self._answer(scope, send, problem)
+        state = scope["state"]
         state["metrics"].http_request(route, status)
         access_log = state["access_log"]
         if access_log is not None:
@@ -182,18 +174,36 @@ class GatewayApplication(Starlette):
         await send({"type": "http.response.body", "body": body})
         return len(body)
 
-    def _request_id(self, headers: list[tuple[bytes, bytes]]) -> bytes:
-        for name, value in headers:
-            if name == b"x-request-id":
-                if _REQUEST_ID.fullmatch(value):
-                    return value
-                break
-        return b"%s-%x" % (self._prefix.encode(), next(self._count))
+
+class _Answer:
+    """What a route sends, with what every answer carries added, and what the log wants to know of it."""
+
+    __slots__ = ("_scope", "_send", "begun", "size", "status")
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._scope = scope
+        self._send = send
+        self.begun = False
+        self.status = 200
+        self.size = 0
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            self.status = message["status"]
+            headers = message.setdefault("headers", [])
+            headers.append((b"x-request-id", self._scope["request_id"]))
+            headers += _SECURITY_HEADERS
+            headers += self._scope["response_headers"]
+        else:
+            self.size += len(message.get("body", b""))
+        await self._send(message)
 
 
 def is_inference(scope: Mapping[str, Any]) -> bool:
     """Whether a request is for the inference route, whose answer may be there before it first has to wait."""
-    return scope["method"] == "POST" and scope["path"].endswith("/infer")
+    path: str = scope["path"]
+    return scope["method"] == "POST" and path.endswith("/infer")
 
 
 def _infer_target(path: str) -> tuple[str, str | None] | None:

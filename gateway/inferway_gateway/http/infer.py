@@ -26,13 +26,11 @@ from ..core.keys import Principal
 from ..core.registry import ServedVersion
 from .bodies import accepted_encoding, deflate, inflate, read_body
 from .codec import SignatureCodec
+from .routing import header_fields
 
 DISCONNECT_EXTENSION: Final = "inferway.disconnect"
 """Name of the ASGI extension by which our own server tells that a caller went away: a callable that takes a callback
 and returns the one that takes it back. Other servers tell it through ``receive``."""
-
-FIELDS: Final = "inferway.headers"
-"""Where our own server puts the headers as a dict, which it has made anyway."""
 
 _JOIN_BELOW_BYTES: Final = 64 * 1024
 _JSON: Final = (b"content-type", b"application/json")
@@ -67,7 +65,7 @@ async def infer(
 async def _infer(
     scope: Scope, receive: Receive, send: Send, settings: Any, served: ServedVersion, started: float
 ) -> int:
-    headers = scope.get(FIELDS) or dict(scope["headers"])
+    headers = header_fields(scope)
     length = headers.get(b"content-length")
     head = headers.get(b"inference-header-content-length")
     header_length = None if head is None else _header_length(head)

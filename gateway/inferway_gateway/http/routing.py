@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 from starlette.routing import Match, Route
@@ -21,6 +21,19 @@ from .key_bodies import deprecation
 Endpoint = Callable[..., Awaitable[Any]]
 ANY_KEY: Final[frozenset[str]] = frozenset()
 """Accepted scopes of a route that takes any valid key."""
+
+
+Fields = Mapping[bytes, bytes]
+"""Headers of a request: lower-case name to value, the last one of a name that is there twice."""
+
+_FIELDS: Final = "inferway.headers"
+"""Where our own server puts the fields, which it has made anyway; it refuses requests that repeat one that matters."""
+
+
+def header_fields(scope: Scope) -> Fields:
+    """The headers of a request, whichever server it came through."""
+    fields: Fields | None = scope.get(_FIELDS)
+    return dict(scope["headers"]) if fields is None else fields
 
 
 class MethodNotAllowedError(GatewayError):
@@ -80,7 +93,7 @@ class ApiRoute(Route):
             raise MethodNotAllowedError(scope["method"], allowed)
         state = scope["state"]
         scope["principal"] = principal = await authorise(
-            state["authenticator"], scope["headers"], self.scopes, public=self.public, basic=self.basic
+            state["authenticator"], header_fields(scope), self.scopes, public=self.public, basic=self.basic
         )
         if principal is not None and principal.rotated_at is not None:
             scope["response_headers"] = deprecation(principal)
@@ -93,7 +106,7 @@ class ApiRoute(Route):
 
 async def authorise(
     authenticator: Authenticator | None,
-    headers: Iterable[tuple[bytes, bytes]],
+    fields: Fields,
     accepted: frozenset[str],
     *,
     public: bool = False,
@@ -103,6 +116,7 @@ async def authorise(
 
     Args:
         authenticator: None where the gateway runs without authentication.
+        fields: the request's headers.
         accepted: scopes, any one of which is enough; empty takes any valid key.
     Returns:
         The principal; None on a public route.
@@ -113,10 +127,10 @@ async def authorise(
     """
     if public:
         return None
-    principal = known_principal(authenticator, headers, accepted, basic=basic)
+    principal = known_principal(authenticator, fields, accepted, basic=basic)
     if principal is None:
         assert authenticator is not None
-        principal = await authenticator.authenticate(credentials(headers, basic=basic) or b"")
+        principal = await authenticator.authenticate(credentials(fields, basic=basic) or b"")
         if not principal.may(accepted):
             raise permission_denied(principal, accepted)
     return principal
@@ -124,7 +138,7 @@ async def authorise(
 
 def known_principal(
     authenticator: Authenticator | None,
-    headers: Iterable[tuple[bytes, bytes]],
+    fields: Fields,
     accepted: frozenset[str],
     *,
     basic: bool = False,
@@ -132,7 +146,7 @@ def known_principal(
     """``authorise`` for a key that was checked lately, without waiting. None: ``authorise`` has to ask the database."""
     if authenticator is None:
         return ANONYMOUS
-    presented = credentials(headers, basic=basic)
+    presented = credentials(fields, basic=basic)
     if presented is None:
         raise UnauthenticatedError("expected an API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
     principal = authenticator.authenticate_cached(presented)
@@ -147,20 +161,20 @@ def permission_denied(principal: Principal, accepted: frozenset[str]) -> Permiss
     return PermissionDeniedError(f"expected a key with scope {wanted}, this one has {have}")
 
 
-def credentials(headers: Iterable[tuple[bytes, bytes]], *, basic: bool = False) -> bytes | None:
+def credentials(fields: Fields, *, basic: bool = False) -> bytes | None:
     """The key that a request presents; None where there is none. ``Authorization`` goes before ``X-API-Key``."""
-    api_key = None
-    for name, value in headers:
-        if name == b"authorization":
-            scheme, _, rest = value.partition(b" ")
-            scheme = scheme.lower()
-            if scheme == b"bearer":
-                return rest.strip()
-            if basic and scheme == b"basic":
-                try:
-                    return base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
-                except (binascii.Error, ValueError):
-                    return None
-        elif name == b"x-api-key":
-            api_key = value.strip()
-    return api_key
+    authorization = fields.get(b"authorization")
+    if authorization is not None:
+        if authorization[:7] == b"Bearer ":
+            return authorization[7:].strip()
+        scheme, _, rest = authorization.partition(b" ")
+        scheme = scheme.lower()
+        if scheme == b"bearer":
+            return rest.strip()
+        if basic and scheme == b"basic":
+            try:
+                return base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
+            except (binascii.Error, ValueError):
+                return None
+    api_key = fields.get(b"x-api-key")
+    return None if api_key is None else api_key.strip()
