@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic_core import PydanticUndefined
 
 from inferway_contract.codes import ERRORS
 from inferway_gateway.__main__ import _parser
+from inferway_gateway.core.stats import ModelStats
+from inferway_gateway.http.metrics import Metrics
+from inferway_gateway.server.policy import EdgeStats
 from inferway_gateway.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,3 +80,21 @@ def codes() -> str:
         (str(kind.status), f"`{kind.code}`", "yes" if kind.retryable else "no", kind.title) for kind in ERRORS.values()
     )
     return table(("status", "code", "try again", "meaning"), rows)
+
+
+def metrics(prefix: str) -> str:
+    """Every metric of that prefix that a gateway shows which has served one model."""
+    stats = ModelStats()
+    stats.ran(1, 0.0, 0.0, 0.0)
+    stats.finished(0.0, "internal")
+    edge = EdgeStats(refused={"headers_too_large": 1}, expired={"header": 1})
+    shown = Metrics(lambda: [("iris", 1, stats, True)], edge)
+    shown.http_request("/v2", 200)
+    text, _ = shown.render("")
+    rows = []
+    for family in sorted(text_string_to_metric_families(text.decode()), key=lambda family: family.name):
+        if family.name.startswith(prefix) and not family.name.endswith("_created"):
+            name = family.name + "_total" * (family.type == "counter")
+            labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+            rows.append((f"`{name}`", family.type, ", ".join(f"`{label}`" for label in labels), family.documentation))
+    return table(("metric", "type", "labels", "meaning"), rows)

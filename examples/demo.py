@@ -153,7 +153,7 @@ def gateway(state: Path, port: int, key: str) -> Iterator[str]:
             wait_until_ready(client, process, log_file)
         yield url
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -198,7 +198,7 @@ def show_digits(client: Inferway) -> None:
     for lines in zip(*(draw(images[i]) for i in shown), strict=True):
         print(("  " + "  ".join(lines)).rstrip())
     verdicts = (f"read as {predicted[i]}" + ("" if right[i] else f", is {labels[i]}") for i in shown)
-    print("  " + "  ".join(f"{verdict:16}" for verdict in verdicts))
+    print(("  " + "  ".join(f"{verdict:16}" for verdict in verdicts)).rstrip())
     print(f"\n  {right.sum()} of {len(images)} images that it has not seen before are read right: {right.mean():.1%}.")
 
 
@@ -225,10 +225,9 @@ def main() -> int:
             show_sentences(client)
             show_digits(client)
             if args.serve:
-                print(
-                    f"\nRunning until Ctrl+C. In another terminal:\n{HOW_TO_CALL.format(url=url, key=key)}", flush=True
-                )
-                wait_for_interrupt()
+                with suppress(KeyboardInterrupt):
+                    heading(f"Running until Ctrl+C. In another terminal:\n{HOW_TO_CALL.format(url=url, key=key)}")
+                    signal.pause()
             else:
                 print(f"\nDone in {time.perf_counter() - started:.1f} s. Next:\n{NEXT}", flush=True)
     return 0
@@ -239,7 +238,7 @@ HOW_TO_CALL: Final = """
   export INFERWAY_API_KEY={key}
 
   curl -H "X-API-Key: $INFERWAY_API_KEY" $INFERWAY_BASE_URL/v2/models/digits
-  .venv/bin/python -c 'from inferway import Inferway; print(Inferway().model("digits").signature)'
+  .venv/bin/python -c 'from inferway import Inferway; print(Inferway().model("digits").signature())'
 
 The key is shown here only."""
 
@@ -249,12 +248,9 @@ NEXT: Final = """
   .venv/bin/inferway serve --help"""
 
 
-def wait_for_interrupt() -> None:
-    """Come back on Ctrl+C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
-        signal.pause()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the gateway too, whoever stops us
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -260,8 +260,11 @@ def started_reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]
 @pytest.mark.parametrize("guide", [*GUIDES, GETTING_STARTED], ids=lambda guide: guide.stem)
 def test_every_block_of_the_guide_runs_and_prints_what_it_shows(guide: Path, request: pytest.FixtureRequest) -> None:
     reader: Reader = request.getfixturevalue("reader" if guide.name == "README.md" else "started_reader")
-    if guide != GETTING_STARTED:  # the fixture has run that one
-        evaluate(guide, reader)
+    if guide == GETTING_STARTED:  # the fixture has run that one
+        return
+    evaluate(guide, reader)
+    if re.search(r"^inferway serve .*--model-control", guide.read_text(), re.MULTILINE):
+        reader.serve("inferway serve models")  # the next guide expects that one
 
 
 def test_a_block_that_prints_something_else_fails(tmp_path: Path, reader: Reader) -> None:

@@ -1,0 +1,134 @@
+"""The examples run as a newcomer runs them, in processes of their own, against the gateway that `make serve` leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+EXAMPLES: Final = ROOT / "examples"
+START_TIMEOUT_S: Final = 180
+RUN_TIMEOUT_S: Final = 120
+
+pytestmark = pytest.mark.xdist_group("examples")
+
+
+def run(name: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`make serve`, and what it printed until it came to rest."""
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "demo.py"), "--serve"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith("The key is shown"):
+                break
+        else:
+            raise AssertionError("".join(printed))
+        yield process, "".join(printed)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(START_TIMEOUT_S)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def environment(serving: tuple[subprocess.Popen[str], str]) -> dict[str, str]:
+    """The variables that `make serve` tells one to export."""
+    return dict(re.findall(r"export (\w+)=(\S+)", serving[1]))
+
+
+def test_the_demo_shows_two_models_answering_and_ends() -> None:
+    printed = run("demo.py")
+    assert re.search(r"A The cat sits on the mat\. +1\.00 +0\.56", printed)
+    assert re.search(r"read as \d +read as \d +read as \d +read as \d, is \d", printed)
+    accuracy = re.search(r"are read right: ([\d.]+)%", printed)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 95
+    assert "make serve" in printed
+    assert all(len(line) <= 100 for line in printed.splitlines())
+
+
+def test_serve_prints_how_to_call_it_and_shows_the_key_once(
+    serving: tuple[subprocess.Popen[str], str], environment: dict[str, str]
+) -> None:
+    _, printed = serving
+    assert set(environment) == {"INFERWAY_BASE_URL", "INFERWAY_API_KEY"}
+    assert printed.count(environment["INFERWAY_API_KEY"]) == 1
+    command = re.search(r"^ +(curl .*)$", printed, re.MULTILINE)
+    assert command is not None
+    done = subprocess.run(
+        ["bash", "-c", command[1]],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+    )
+    assert '"name":"digits"' in done.stdout
+
+
+def test_the_search_finds_the_answers_in_fewer_runs_than_calls(environment: dict[str, str]) -> None:
+    printed = run("search.py", environment=environment)
+    assert "The capital of Kenya is Nairobi." in printed
+    assert "The museum of Oslo opens at ten." in printed
+    assert "A ticket to Lima costs ninety euros." in printed
+    counts = re.search(r"(\d+) calls of one sentence took (\d+) runs", printed)
+    assert counts is not None
+    calls, runs = int(counts[1]), int(counts[2])
+    assert calls == 60
+    assert runs < calls
+
+
+def test_a_key_for_a_team_does_what_it_may_and_nothing_else(environment: dict[str, str]) -> None:
+    printed = run("team_keys.py", environment=environment)
+    assert "It sees ['digits']" in printed
+    assert "minilm: 404, model_not_found" in printed
+    assert "statistics: 403, permission_denied" in printed
+    assert "both work: True" in printed
+    assert "revoked: 401, unauthenticated" in printed
+
+
+def test_serve_ends_in_order_on_an_interrupt() -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "demo.py"), "--serve"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("The key is shown"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 0
+    assert errors == ""
