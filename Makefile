@@ -32,6 +32,8 @@ lint: env-test ## Check style and types only
 	@$(BIN)/ruff check --quiet $(SOURCES)
 	@$(BIN)/ruff format --quiet --check $(SOURCES)
 	@$(BIN)/mypy
+	@$(BIN)/mypy tests --exclude tests/bench/
+	@MYPYPATH=tests/bench $(BIN)/mypy tests/bench/run.py tests/bench/setup_rivals.py
 	@MYPYPATH=examples/models $(BIN)/mypy deploy/*.py docs/*.py examples/*.py examples/models/make_models.py
 	@MYPYPATH=tests/bench $(BIN)/mypy tests/bench/*.py tests/bench/harness/*.py
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
