@@ -94,12 +94,14 @@ def make_digits() -> None:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
 
     images, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(
         images.astype(np.float32), labels, random_state=0, stratify=labels
     )
-    classifier = MLPClassifier((64,), max_iter=400, random_state=0).fit(train_x, train_y)
+    with threadpool_limits(1):  # more threads only get in each other's way with matrices this small
+        classifier = MLPClassifier((64,), max_iter=400, random_state=0).fit(train_x, train_y)
     onnx = to_onnx(classifier, train_x[:1], options={"zipmap": False}, target_opset={"": 20, "ai.onnx.ml": 3})
     made = HOME / "digits.onnx"
     made.write_bytes(onnx.SerializeToString())
