@@ -28,23 +28,25 @@ def lenient(model: type[M]) -> type[M]:
     for name, info in model.model_fields.items():
         default = {} if info.default is PydanticUndefined else {"default": info.default}
         fields[name] = (_loose(info.annotation), Field(repr=info.repr, **default))
-    return cast(type[M], create_model(model.__name__, __base__=model, __module__=model.__module__, **fields))
+    return create_model(model.__name__, __base__=model, __module__=model.__module__, **fields)
 
 
 def _loose(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return lenient(annotation)
+        found: Any = lenient(annotation)
+        return found
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _loose(arguments[0])
     if origin is Literal:
-        kinds = {type(argument) for argument in arguments}
+        kinds: set[Any] = {type(argument) for argument in arguments}
         return kinds.pop() if len(kinds) == 1 else Any
     if origin in (Union, types.UnionType):
         return Union[tuple(_loose(argument) for argument in arguments)]  # noqa: UP007 - built from a list
     if origin is not None and arguments:
-        return origin[tuple(_loose(argument) for argument in arguments)]
-    return annotation
+        generic: Any = origin
+        return generic[tuple(_loose(argument) for argument in arguments)]
+    return cast(Any, annotation)
 
 
 @cache

@@ -1,9 +1,9 @@
 """`Inferway` and `AsyncInferway`: two thin shells over the same core.
 
-Sync and async are twins written by hand, not generated: what could differ by mistake (building requests, reading answers,
-errors, retry rules) is one code in `_core` and `_retry`, and what is left are signatures, docstrings and an ``await``,
-which ``tests/sdk/test_twins.py`` compares word by word. Generating one from the other would add a build step and a second
-place to look, to save those lines.
+Sync and async are twins written by hand, not generated: what could differ by mistake (building requests, reading
+answers, errors, retry rules) is one code in `_core` and `_retry`, and what is left are signatures, docstrings and an
+``await``, which ``tests/sdk/test_twins.py`` compares word by word. Generating one from the other would add a build step
+and a second place to look, to save those lines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, Unpack
 
-from ._core import DEFAULT_BASE_URL, MAX_RESPONSE_BYTES, Call, Config, authorization, json_call, path_of
+from ._core import DEFAULT_BASE_URL, MAX_RESPONSE_BYTES, Call, Config, Reply, authorization, json_call, path_of
 from ._engine import AsyncEngine, SyncEngine, logger
 from ._errors import ConfigurationError
 from ._inference import InferenceResult, Outputs
@@ -31,6 +31,17 @@ from ._options import (
     RetryPolicy,
     Timeout,
 )
+from ._raw import (
+    AsyncRawHealth,
+    AsyncRawKeys,
+    AsyncRawMethod,
+    AsyncRawModels,
+    RawHealth,
+    RawKeys,
+    RawMethod,
+    RawModels,
+    RawView,
+)
 from ._transport import AsyncHTTPClient, SyncHTTPClient, SyncSender, split_base_url
 from .resources.health import AsyncHealth, Health
 from .resources.inference import AsyncModelHandle, ModelHandle, run, run_async
@@ -40,8 +51,6 @@ from .resources.models import AsyncModels, Models, reader
 if TYPE_CHECKING:
     from inferway_contract.models import ServerMetadata
 
-    from ._raw import AsyncInferwayWithRawResponse, InferwayWithRawResponse
-
 ApiKey: TypeAlias = str | Callable[[], str]
 AsyncApiKey: TypeAlias = str | Callable[[], str | Awaitable[str]]
 
@@ -49,6 +58,7 @@ BASE_URL_VARIABLE: Final = "INFERWAY_BASE_URL"
 API_KEY_VARIABLE: Final = "INFERWAY_API_KEY"
 MAX_CONNECTIONS: Final = 128
 _LOOPBACK: Final = ("localhost", "127.", "[::1]")
+_warned: Final[set[str]] = set()
 
 
 def _configured(
@@ -73,7 +83,8 @@ def _configured(
     elif api_key is not None and not callable(api_key):
         raise ConfigurationError(f"api_key expects text or a function that gives it, got {type(api_key).__name__}")
     url, host = split_base_url(base_url)
-    if api_key is not None and url.startswith("http:") and not host.startswith(_LOOPBACK):
+    if api_key is not None and url.startswith("http:") and not host.startswith(_LOOPBACK) and url not in _warned:
+        _warned.add(url)
         logger.warning("the API key will cross the network to %s unencrypted; use https", url)
     return Config(
         base_url=url,
@@ -271,9 +282,8 @@ class Inferway:
     @property
     def with_raw_response(self) -> InferwayWithRawResponse:
         """The same methods, each giving a `RawResponse`: status, headers and body beside the parsed result."""
-        from ._raw import InferwayWithRawResponse
-
-        return InferwayWithRawResponse(self)
+        engine = self._engine
+        return InferwayWithRawResponse(lambda record: self._over(engine.changed(engine.config, record)))
 
     def close(self) -> None:
         """Close every connection, also for copies made by `with_options`. Closing twice is closing once."""
@@ -289,6 +299,19 @@ class Inferway:
 
     def __repr__(self) -> str:
         return _shown(self, self._engine.config)
+
+
+class InferwayWithRawResponse(RawView[Inferway]):
+    """See `Inferway.with_raw_response`."""
+
+    infer = RawMethod(Inferway.infer)
+    server = RawMethod(Inferway.server)
+
+    def __init__(self, recording: Callable[[list[Reply]], Inferway]) -> None:
+        super().__init__(recording)
+        self.models = RawModels(lambda record: recording(record).models)
+        self.keys = RawKeys(lambda record: recording(record).keys)
+        self.health = RawHealth(lambda record: recording(record).health)
 
 
 class AsyncInferway:
@@ -433,9 +456,8 @@ class AsyncInferway:
     @property
     def with_raw_response(self) -> AsyncInferwayWithRawResponse:
         """The same methods, each giving a `RawResponse`: status, headers and body beside the parsed result."""
-        from ._raw import AsyncInferwayWithRawResponse
-
-        return AsyncInferwayWithRawResponse(self)
+        engine = self._engine
+        return AsyncInferwayWithRawResponse(lambda record: self._over(engine.changed(engine.config, record)))
 
     async def close(self) -> None:
         """Close every connection, also for copies made by `with_options`. Closing twice is closing once."""
@@ -451,6 +473,19 @@ class AsyncInferway:
 
     def __repr__(self) -> str:
         return _shown(self, self._engine.config)
+
+
+class AsyncInferwayWithRawResponse(RawView[AsyncInferway]):
+    """See `AsyncInferway.with_raw_response`."""
+
+    infer = AsyncRawMethod(AsyncInferway.infer)
+    server = AsyncRawMethod(AsyncInferway.server)
+
+    def __init__(self, recording: Callable[[list[Reply]], AsyncInferway]) -> None:
+        super().__init__(recording)
+        self.models = AsyncRawModels(lambda record: recording(record).models)
+        self.keys = AsyncRawKeys(lambda record: recording(record).keys)
+        self.health = AsyncRawHealth(lambda record: recording(record).health)
 
 
 def _shown(client: object, config: Config) -> str:

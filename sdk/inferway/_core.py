@@ -1,7 +1,7 @@
 """What both clients share and neither sends: calls to requests, replies to results, failures to errors.
 
-Nothing here does I/O or knows httpx. A resource makes a `Call`; a client makes a `Plan` of it, which holds what stays the
-same over all attempts, asks it for each attempt's headers, and hands the `Reply` to `result`.
+Nothing here does I/O or knows httpx. A resource makes a `Call`; a client makes a `Plan` of it, which holds what stays
+the same over all attempts, asks it for each attempt's headers, and hands the `Reply` to `result`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ Body: TypeAlias = "bytes | tuple[Any, ...]"
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8080"
 MAX_RESPONSE_BYTES: Final = 256 * 1024 * 1024
 JSON_LIMIT_BYTES: Final = 32 * 1024 * 1024
-"""The most JSON that is decoded: a hostile 32 MiB of brackets takes near a GiB as Python objects. Tensors are binary."""
+"""The most JSON that is decoded: 32 MiB of brackets take near a GiB as Python objects. Tensors are binary anyway."""
 _EXCERPT_BYTES: Final = 1024
 _SECRET_HEADERS: Final = frozenset({"authorization", "x-api-key", "proxy-authorization", "cookie", "set-cookie"})
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -356,7 +356,8 @@ class Plan:
     def hide(self, text: str) -> str:
         """A text without the key, should a server or a proxy echo it."""
         for _, value in self._fixed:
-            if value.startswith("Bearer "):
+            # A short key would be found within ordinary words.
+            if value.startswith("Bearer ") and len(value) >= 15:
                 text = text.replace(value[7:], "***")
         return names.KEY_IN_TEXT_PATTERN.sub("***", text)
 

@@ -85,7 +85,7 @@ class SyncEngine(_Engine):
         self.sender = sender
 
     def changed(self, config: Config, record: list[Reply] | None = None) -> SyncEngine:
-        """A copy with another configuration, sharing connections, signatures and, while the policy stays, the budget."""
+        """A copy with another configuration, sharing connections, signatures and, if the policy stays, the budget."""
         made = copy.copy(self)
         made.record = record
         if config.retry != self.config.retry:
@@ -157,7 +157,7 @@ class AsyncEngine(_Engine):
         self.sender = sender
 
     def changed(self, config: Config, record: list[Reply] | None = None) -> AsyncEngine:
-        """A copy with another configuration, sharing connections, signatures and, while the policy stays, the budget."""
+        """A copy with another configuration, sharing connections, signatures and, if the policy stays, the budget."""
         made = copy.copy(self)
         made.record = record
         if config.retry != self.config.retry:

@@ -81,7 +81,6 @@ class APIError(InferwayError):
 
     Attributes:
         message: what happened, in one sentence.
-        status_code: HTTP status of the last answer, None where none came.
         code: the contract's name of the situation, such as ``queue_full``; None where the answer had none.
         request_id: the id under which the gateway's log knows the last attempt.
         attempts: how often the call was sent.
@@ -91,7 +90,6 @@ class APIError(InferwayError):
     """
 
     message: str
-    status_code: int | None
     code: str | None
     request_id: str | None
     attempts: int
@@ -113,13 +111,18 @@ class APIError(InferwayError):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.status_code = status_code
+        self._status_code = status_code
         self.code = code
         self.request_id = request_id
         self.attempts = attempts
         self.retryable = retryable
         self.retry_after = retry_after
         self.elapsed = elapsed
+
+    @property
+    def status_code(self) -> int | None:
+        """HTTP status of the last answer, None where none came."""
+        return self._status_code
 
     def __str__(self) -> str:
         facts = [
@@ -184,7 +187,6 @@ class APIStatusError(APIError):
         headers: the answer's headers.
     """
 
-    status_code: int
     body: Any
     headers: Mapping[str, str]
 
@@ -198,8 +200,14 @@ class APIStatusError(APIError):
         **facts: Any,
     ) -> None:
         super().__init__(message, status_code=status_code, **facts)
+        self._status = status_code
         self.body = body
         self.headers = {} if headers is None else headers
+
+    @property
+    def status_code(self) -> int:
+        """HTTP status of the last answer."""
+        return self._status
 
 
 class BadRequestError(APIStatusError):

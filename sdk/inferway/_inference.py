@@ -32,9 +32,9 @@ JOIN_BELOW_BYTES: Final = 256 * 1024
 
 _KEEP_HEADS: Final = 256
 _KEEP_BYTES: Final = 2048
-"""JSON parts are remembered, up to so many and of such a length: a program sends the same shapes again and again, and the
-JSON part of an answer is the same to the byte each time, so that a look-up replaces decoding and checking it (9 µs of 13
-for a small model, November 2026)."""
+"""JSON parts are remembered, up to so many and of such a length: a program sends the same shapes again and again, and
+the JSON part of an answer is the same to the byte each time, so that a look-up replaces decoding and checking it (9 µs
+of 13 for a small model, November 2026)."""
 
 
 class Head(NamedTuple):
@@ -54,8 +54,8 @@ _heads: Final[dict[bytes, Head]] = {}
 class InferenceResult(Mapping[str, Array]):
     """What a model answered: output name to numpy array, and what is known of the call.
 
-    Arrays are writable. Arrays of a long answer share its memory: keeping one of them keeps the answer; ``copy()`` frees
-    it. ``FP16`` comes as ``float16``, ``BF16`` as ``float32`` (exact), ``BYTES`` as an object array of ``str``.
+    Arrays are writable. They share the memory of the answer: keeping one of them keeps all, ``copy()`` does not.
+    ``FP16`` comes as ``float16``, ``BF16`` as ``float32`` (exact), ``BYTES`` as an object array of ``str``.
 
     A result of a model with one output can stand for it: ``numpy.asarray(result)``.
 
@@ -125,8 +125,11 @@ class InferenceResult(Mapping[str, Array]):
         return len(self.outputs)
 
     # Comparing arrays gives arrays, so a mapping's equality has no meaning here.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     @property
     def output(self) -> Array:
@@ -149,7 +152,7 @@ class InferenceResult(Mapping[str, Array]):
 
     @property
     def timing(self) -> dict[str, float]:
-        """Stage of the gateway's work to its milliseconds, from ``Server-Timing``: parse, queue, assemble, run, serialise.
+        """Stage of the gateway's work to its milliseconds: parse, queue, assemble, run, serialise (``Server-Timing``).
 
         Empty for a server that does not tell. Source: W3C, "Server Timing".
         """

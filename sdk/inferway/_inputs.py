@@ -97,6 +97,7 @@ def _unchecked(name: str, value: object) -> tuple[TensorSpec, Array]:
 
 
 def _name_inputs(model: ModelMetadata, inputs: object) -> Mapping[object, object]:
+    anything: Any = inputs
     if isinstance(inputs, Mapping):
         return dict(cast(Mapping[object, object], inputs))
     if _is_frame(inputs):
@@ -119,9 +120,9 @@ def _name_inputs(model: ModelMetadata, inputs: object) -> Mapping[object, object
     if only is None:
         raise InvalidInputError(
             f"{model.name} takes {len(model.inputs)} inputs: expected a mapping of {quoted_names(model.by_name)} to "
-            f"values, got {type(inputs).__name__}"
+            f"values, got {type(anything).__name__}"
         )
-    return {only: inputs}
+    return {only: anything}
 
 
 def _only_input(model: ModelMetadata) -> str | None:
@@ -173,19 +174,20 @@ def _is_series(value: object) -> bool:
 
 
 def _as_array(value: object, spec: TensorSpec | None, where: str) -> Array:
+    anything: Any = value
     if isinstance(value, np.ndarray):
-        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(anything):
             raise InvalidInputError(f"{where} has masked elements; fill them first")
-        return np.asarray(value)
+        return np.asarray(anything)
     if isinstance(value, str | bytes | bytearray | memoryview):
         # An object array, because numpy's own text dtypes drop NUL characters at the end.
         scalar: Array = np.empty((), object)
-        scalar[()] = value if isinstance(value, str) else bytes(value)
+        scalar[()] = anything if isinstance(value, str) else bytes(anything)
         return scalar
     if isinstance(value, list | tuple):
         return _of_sequence(cast(Sequence[object], value), spec, where)
     if isinstance(value, bool | int | float | complex | np.generic):
-        return np.asarray(value)
+        return np.asarray(anything)
     if _is_image(value):
         return _of_image(value, spec, where)
     if _is_a(value, "torch", "Tensor"):
@@ -193,9 +195,9 @@ def _as_array(value: object, spec: TensorSpec | None, where: str) -> Array:
     if _is_frame(value) or _is_series(value):
         return _of_frame(value, where)
     if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
-        return np.asarray(value)
+        return np.asarray(anything)
     if hasattr(value, "__dlpack__"):
-        return np.from_dlpack(cast(Any, value))
+        return np.from_dlpack(anything)
     wanted = f"{spec.datatype} {shape_text(spec.shape)}" if spec is not None else "an array"
     raise InvalidInputError(
         f"{where} expects {wanted}, got {type(value).__name__}, which is no array of any known kind"
@@ -322,16 +324,16 @@ def items_of(items: object, batch_size: int | None) -> Iterator[object]:
     Raises:
         ConfigurationError: ``items`` is no iterable of inputs, or ``batch_size`` does not go with it.
     """
+    whole: Any = items
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ConfigurationError(f"batch_size expects a whole number of at least 1, got {batch_size!r}")
-    if isinstance(items, np.ndarray) or _is_frame(items) or _is_series(items) or _is_a(items, "torch", "Tensor"):
-        sliceable: Any = items
+    if (_is_foreign(items) and not _is_image(items)) or _is_frame(items):
         # pandas slices by position only through iloc.
-        rows = sliceable.iloc if _is_a(items, "pandas", "DataFrame", "Series") else sliceable
+        rows: Any = whole.iloc if _is_a(whole, "pandas", "DataFrame", "Series") else whole
         step = batch_size or 1
-        return (rows[start : start + step] for start in range(0, len(sliceable), step))
+        return (rows[start : start + step] for start in range(0, len(whole), step))
     if batch_size is not None:
         raise ConfigurationError("batch_size is for items that are one array, data frame, column or tensor")
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
-        raise ConfigurationError(f"items expects an iterable of inputs, got {type(items).__name__}")
+        raise ConfigurationError(f"items expects an iterable of inputs, got {type(whole).__name__}")
     return iter(cast(Iterable[object], items))

@@ -176,7 +176,7 @@ class ResponseEvent:
 
 @dataclass(frozen=True, slots=True)
 class RetryEvent:
-    """An attempt failed with ``error`` and will be repeated after ``delay_s`` seconds. ``attempt`` is the failed one."""
+    """An attempt failed with ``error`` and is repeated after ``delay_s`` seconds. ``attempt`` is the failed one."""
 
     error: APIError
     attempt: int
@@ -185,8 +185,8 @@ class RetryEvent:
 
 MoreHeaders: TypeAlias = Mapping[str, str] | None
 RequestHook: TypeAlias = Callable[[RequestEvent], MoreHeaders | Awaitable[MoreHeaders]]
-ResponseHook: TypeAlias = Callable[[ResponseEvent], None | Awaitable[None]]
-RetryHook: TypeAlias = Callable[[RetryEvent], None | Awaitable[None]]
+ResponseHook: TypeAlias = Callable[[ResponseEvent], Awaitable[None] | None]
+RetryHook: TypeAlias = Callable[[RetryEvent], Awaitable[None] | None]
 
 
 async def _sleep(seconds: float) -> None:

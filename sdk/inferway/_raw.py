@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from ._client import AsyncInferway, Inferway
 from ._core import HeaderMap, Reply
 from .resources.health import AsyncHealth, Health
 from .resources.keys import AsyncKeys, Keys
@@ -51,11 +50,11 @@ class RawResponse(Generic[T]):
         return f"<RawResponse {self.status_code}, {len(self.content)} bytes, request {self.request_id}>"
 
 
-class _View(Generic[C]):
+class RawView(Generic[C]):
     """A part of a client, and how to make the same part of a client that records."""
 
     def __init__(self, recording: Callable[[list[Reply]], C]) -> None:
-        self._recording = recording
+        self.recording = recording
 
 
 class RawMethod(Generic[P, T]):
@@ -65,10 +64,10 @@ class RawMethod(Generic[P, T]):
         self._method = method
         self.__doc__ = method.__doc__
 
-    def __get__(self, view: _View[Any], owner: type[object]) -> Callable[P, RawResponse[T]]:
+    def __get__(self, view: RawView[Any], owner: type[object]) -> Callable[P, RawResponse[T]]:
         def call(*args: P.args, **kwargs: P.kwargs) -> RawResponse[T]:
             record: list[Reply] = []
-            parsed = self._method(view._recording(record), *args, **kwargs)
+            parsed = self._method(view.recording(record), *args, **kwargs)
             return RawResponse(record[-1], parsed)
 
         return call
@@ -81,16 +80,16 @@ class AsyncRawMethod(Generic[P, T]):
         self._method = method
         self.__doc__ = method.__doc__
 
-    def __get__(self, view: _View[Any], owner: type[object]) -> Callable[P, Coroutine[Any, Any, RawResponse[T]]]:
+    def __get__(self, view: RawView[Any], owner: type[object]) -> Callable[P, Coroutine[Any, Any, RawResponse[T]]]:
         async def call(*args: P.args, **kwargs: P.kwargs) -> RawResponse[T]:
             record: list[Reply] = []
-            parsed = await self._method(view._recording(record), *args, **kwargs)
+            parsed = await self._method(view.recording(record), *args, **kwargs)
             return RawResponse(record[-1], parsed)
 
         return call
 
 
-class RawModels(_View[Models]):
+class RawModels(RawView[Models]):
     list = RawMethod(Models.list)
     get = RawMethod(Models.get)
     config = RawMethod(Models.config)
@@ -101,7 +100,7 @@ class RawModels(_View[Models]):
     unload = RawMethod(Models.unload)
 
 
-class RawKeys(_View[Keys]):
+class RawKeys(RawView[Keys]):
     create = RawMethod(Keys.create)
     get = RawMethod(Keys.get)
     self = RawMethod(Keys.self)
@@ -109,30 +108,12 @@ class RawKeys(_View[Keys]):
     rotate = RawMethod(Keys.rotate)
 
 
-class RawHealth(_View[Health]):
+class RawHealth(RawView[Health]):
     live = RawMethod(Health.live)
     ready = RawMethod(Health.ready)
 
 
-class InferwayWithRawResponse(_View[Inferway]):
-    """See `Inferway.with_raw_response`."""
-
-    infer = RawMethod(Inferway.infer)
-    server = RawMethod(Inferway.server)
-
-    def __init__(self, client: Inferway) -> None:
-        engine = client._engine
-
-        def recording(record: list[Reply]) -> Inferway:
-            return client._over(engine.changed(engine.config, record))
-
-        super().__init__(recording)
-        self.models = RawModels(lambda record: recording(record).models)
-        self.keys = RawKeys(lambda record: recording(record).keys)
-        self.health = RawHealth(lambda record: recording(record).health)
-
-
-class AsyncRawModels(_View[AsyncModels]):
+class AsyncRawModels(RawView[AsyncModels]):
     list = AsyncRawMethod(AsyncModels.list)
     get = AsyncRawMethod(AsyncModels.get)
     config = AsyncRawMethod(AsyncModels.config)
@@ -143,7 +124,7 @@ class AsyncRawModels(_View[AsyncModels]):
     unload = AsyncRawMethod(AsyncModels.unload)
 
 
-class AsyncRawKeys(_View[AsyncKeys]):
+class AsyncRawKeys(RawView[AsyncKeys]):
     create = AsyncRawMethod(AsyncKeys.create)
     get = AsyncRawMethod(AsyncKeys.get)
     self = AsyncRawMethod(AsyncKeys.self)
@@ -151,24 +132,6 @@ class AsyncRawKeys(_View[AsyncKeys]):
     rotate = AsyncRawMethod(AsyncKeys.rotate)
 
 
-class AsyncRawHealth(_View[AsyncHealth]):
+class AsyncRawHealth(RawView[AsyncHealth]):
     live = AsyncRawMethod(AsyncHealth.live)
     ready = AsyncRawMethod(AsyncHealth.ready)
-
-
-class AsyncInferwayWithRawResponse(_View[AsyncInferway]):
-    """See `AsyncInferway.with_raw_response`."""
-
-    infer = AsyncRawMethod(AsyncInferway.infer)
-    server = AsyncRawMethod(AsyncInferway.server)
-
-    def __init__(self, client: AsyncInferway) -> None:
-        engine = client._engine
-
-        def recording(record: list[Reply]) -> AsyncInferway:
-            return client._over(engine.changed(engine.config, record))
-
-        super().__init__(recording)
-        self.models = AsyncRawModels(lambda record: recording(record).models)
-        self.keys = AsyncRawKeys(lambda record: recording(record).keys)
-        self.health = AsyncRawHealth(lambda record: recording(record).health)

@@ -33,7 +33,7 @@ class TensorSpec:
     datatype: str
     shape: tuple[int, ...]
     optional: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
     carrier: np.dtype[Any] = field(init=False, repr=False, compare=False)
     """The numpy dtype that carries the tensor on the wire: ``uint16`` for BF16, ``object`` for BYTES."""
     lead: str = field(init=False, repr=False, compare=False)
@@ -76,13 +76,13 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    properties: Mapping[str, str] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    properties: Mapping[str, str] = field(default_factory=dict[str, str])
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
     by_name: Mapping[str, TensorSpec] = field(init=False, repr=False, compare=False)
     """Input name to input."""
     required: tuple[str, ...] = field(init=False, repr=False, compare=False)
     """Names of the inputs that a request must have."""
-    heads: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    heads: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict[Any, Any])
     """JSON parts of requests that were made before, by the names and shapes of their inputs; see `_inference`."""
 
     def __post_init__(self) -> None:

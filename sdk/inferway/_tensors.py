@@ -1,9 +1,9 @@
 """Numpy arrays to and from the wire's tensors: datatypes, casts that lose nothing, binary and JSON forms.
 
-Two datatypes have no numpy dtype of their own. ``BF16`` is accepted as its bits in ``uint16``, as ``ml_dtypes.bfloat16``
-or as any float, rounded to nearest even, and comes back as ``float32``, which holds every BF16 value exactly. ``BYTES``
-is an object array of ``str``; bytes that are no UTF-8 survive as lone surrogates (``surrogateescape``), so that
-``text.encode("utf-8", "surrogateescape")`` always gives the bytes back.
+Two datatypes have no numpy dtype of their own. ``BF16`` is accepted as its bits in ``uint16``, as
+``ml_dtypes.bfloat16`` or as any float, rounded to nearest even, and comes back as ``float32``, which holds every BF16
+value exactly. ``BYTES`` is an object array of ``str``; bytes that are no UTF-8 survive as lone surrogates
+(``surrogateescape``), so that ``text.encode("utf-8", "surrogateescape")`` always gives the bytes back.
 
 Source: Open Inference Protocol v2, "Tensor Data Types" and "Tensor Data"; Triton's binary tensor data extension.
 """
@@ -414,7 +414,9 @@ def _shaped(name: str, array: Array, dims: tuple[int, ...]) -> Array:
 
 
 def _kind(value: object) -> str:
-    return {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value), type(value).__name__)
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, list) else "nothing" if value is None else type(value).__name__
 
 
 def shape_text(shape: Sequence[int]) -> str:

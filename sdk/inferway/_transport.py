@@ -1,8 +1,9 @@
 """Sends through httpx; with `_transport_aio`, the one place where errors of httpx and its engines become ours.
 
-By default a request goes to an httpx transport without an ``httpx.Client`` around it: redirects, cookies, authentication
-flows and header merging are a third of a small call's time, and none of them is wanted here (a redirect would carry the
-key along). A caller's own ``httpx.Client`` or ``httpx2.Client`` is used whole instead, with everything it is set up for.
+By default a request goes to an httpx transport without an ``httpx.Client`` around it: redirects, cookies,
+authentication flows and header merging are a third of a small call's time, and none of them is wanted here (a redirect
+would carry the key along). A caller's own ``httpx.Client`` or ``httpx2.Client`` is used whole instead, with everything
+it is set up for.
 
 **Time.** httpx limits each single read, so that a server which sends one byte now and then keeps a caller for ever. The
 time limits handed to httpx are therefore `Deadline` numbers, which httpcore passes through to the network stream; ours
@@ -14,6 +15,7 @@ the wire: the parent's connections stay as they are, and the child opens its own
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 import sys
@@ -356,22 +358,23 @@ class PooledTransport(httpx.BaseTransport):
             )
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request; the answer's body is not read yet. Raises httpcore's errors, which httpx's are named after."""
+        """Send one request; the answer's body is not read yet. Raises httpcore's errors, named like httpx's."""
         url = request.url
+        extensions: Any = request.extensions
         answer = self._pool.handle_request(
             httpcore.Request(
                 method=request.method,
                 url=httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
                 headers=request.headers.raw,
                 content=cast(httpx.SyncByteStream, request.stream),
-                extensions=request.extensions,
+                extensions=extensions,
             )
         )
         return httpx.Response(
             status_code=answer.status,
             headers=answer.headers,
             stream=_Answer(cast(Iterable[bytes], answer.stream)),
-            extensions=answer.extensions,
+            extensions=cast(Any, answer).extensions,
         )
 
     def close(self) -> None:
@@ -407,6 +410,17 @@ def pieces(buffers: Sequence[Any]) -> Iterator[bytes]:
         view = memoryview(buffer)
         for start in range(0, len(view), PIECE_BYTES):
             yield cast(bytes, view[start : start + PIECE_BYTES])
+
+
+def read_before(response: Any) -> list[bytes] | None:
+    """The body of an answer that a hook of the caller's own client, or a mock, has read already; else None.
+
+    httpx undid its Content-Encoding then, so that the header is taken away.
+    """
+    if not response.is_closed:
+        return None
+    response.headers.pop("content-encoding", None)
+    return [response.content]
 
 
 def joined(body: Body) -> bytes:
@@ -451,7 +465,8 @@ class SyncSender:
                     timeout=foreign_timeout(self._client, timeouts),
                 )
                 response = self._client.send(request, stream=True, follow_redirects=False)
-                stream = response.iter_raw()
+                read = read_before(response)
+                stream: Iterable[bytes] = response.stream if read is None else read
             else:
                 body = call.body
                 response = (self._transport or self._opened()).handle_request(
@@ -463,7 +478,7 @@ class SyncSender:
                         extensions={"timeout": timeouts},
                     )
                 )
-                stream = response.stream
+                stream = cast(_Answer, response.stream)
             try:
                 reply = Reply(response.status_code, response.headers.raw)
                 check_announced(reply, plan)
@@ -509,10 +524,9 @@ class SyncSender:
             transport.close()
 
     def __del__(self) -> None:
-        try:
+        # At interpreter exit anything may be gone, and nobody is left to tell.
+        with contextlib.suppress(Exception):
             self.close()
-        except Exception:  # noqa: S110 - at interpreter exit anything may be gone, and nobody is left to tell
-            pass
 
 
 def foreign_timeout(client: object, timeouts: dict[str, float | None]) -> Any:

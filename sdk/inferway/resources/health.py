@@ -147,7 +147,7 @@ class AsyncHealth:
         except APIError as error:
             return _absent(error)
 
-    async def wait_until_ready(self, timeout: float | None = 60.0) -> None:
+    async def wait_until_ready(self, timeout: float | None = 60.0) -> None:  # noqa: ASYNC109 - as its twin
         """Wait until the gateway takes requests. Asks after 0.05 s, then less and less often, up to once a second.
 
         Args:

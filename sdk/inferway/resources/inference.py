@@ -6,6 +6,8 @@ another version: where inputs do not fit it, or the gateway says that they do no
 changed the call starts over once with the new one.
 """
 
+# `run` and `run_async` are a part of their handles, outside of the classes only to stay out of what users see.
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import asyncio
@@ -251,7 +253,7 @@ def run(
     binary: bool,
     options: RequestOptions,
 ) -> InferenceResult:
-    """`ModelHandle.infer` for callers within the SDK: without packing and unpacking keyword arguments at each step."""
+    """`ModelHandle.infer` for callers within the SDK: without packing keyword arguments at each step."""
     engine = handle._engine
     known = engine.signatures.get(handle._key)
     started = engine.config.clock.monotonic()
@@ -465,7 +467,7 @@ async def run_async(
     binary: bool,
     options: RequestOptions,
 ) -> InferenceResult:
-    """`AsyncModelHandle.infer` for callers within the SDK: without packing and unpacking keyword arguments at each step."""
+    """`AsyncModelHandle.infer` for callers within the SDK: without packing keyword arguments at each step."""
     engine = handle._engine
     known = engine.signatures.get(handle._key)
     started = engine.config.clock.monotonic()
