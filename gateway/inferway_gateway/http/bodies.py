@@ -112,23 +112,21 @@ async def inflate(body: Body, encoding: bytes, limit: int) -> Body:
     return _inflate(body, name, limit)
 
 
-def _inflate(body: Body, name: bytes, limit: int) -> bytes:
+def _inflate(body: Body, name: bytes, limit: int) -> bytearray:
     view = memoryview(body)
     # deflate is zlib's framing by RFC 9110; bare streams are seen in the wild and told by their first byte.
     bare = name == b"deflate" and (len(view) < 2 or view[0] & 0x0F != 8 or (view[0] * 256 + view[1]) % 31)
     engine = zlib.decompressobj(31 if name != b"deflate" else -15 if bare else 15)
-    parts: list[bytes] = []
-    size = 0
+    content = bytearray()  # pieces that are joined in the end would stand in memory twice
     try:
         data: bytes | memoryview = view
         while not engine.eof:
             part = engine.decompress(data, _INFLATE_STEP)
             if not part and not engine.unconsumed_tail:
                 break
-            size += len(part)
-            if size > limit:
+            if len(content) + len(part) > limit:
                 raise PayloadTooLargeError(f"expected a body of at most {limit} bytes after decompression, got more")
-            parts.append(part)
+            content += part
             data = engine.unconsumed_tail
     except zlib.error:
         raise MalformedRequestError(
@@ -138,7 +136,7 @@ def _inflate(body: Body, name: bytes, limit: int) -> bytes:
         raise MalformedRequestError(f"expected a whole {name.decode()} stream, got one that is cut off")
     if engine.unused_data:
         raise MalformedRequestError(f"expected one {name.decode()} stream, got bytes after its end")
-    return b"".join(parts)
+    return content
 
 
 def accepted_encoding(accept: bytes, size: int, *, binary: bool) -> bytes | None:
