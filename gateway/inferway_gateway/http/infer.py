@@ -78,7 +78,10 @@ async def _infer(
     codec: SignatureCodec | None = served.wire
     if codec is None:
         codec = served.wire = SignatureCodec(served.name, str(served.version), served.session.signature)
-    decoded = codec.decode(body, header_length, settings.json_limit_bytes)
+    if codec.decodes_long(len(body), header_length):
+        decoded = await asyncio.to_thread(codec.decode, body, header_length, settings.json_limit_bytes)
+    else:
+        decoded = codec.decode(body, header_length, settings.json_limit_bytes)
     rows = codec.signature.check(decoded.inputs)
     timeout = headers.get(b"inferway-timeout-ms")
     deadline = None
@@ -97,7 +100,10 @@ async def _infer(
     if answer is None:
         answer = await _queued(scope, receive, batcher, request)
     ran = perf_counter()
-    parts, json_length = codec.encode(decoded, answer.outputs)
+    if codec.encodes_long(decoded, answer.outputs):
+        parts, json_length = await asyncio.to_thread(codec.encode, decoded, answer.outputs)
+    else:
+        parts, json_length = codec.encode(decoded, answer.outputs)
     size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
     out = [_JSON if json_length is None else _BINARY]
     accept = headers.get(b"accept-encoding")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import models
 from inferway_gateway.app import create_app
 from inferway_gateway.http import application
 from inferway_gateway.http.application import GatewayApplication
+from inferway_gateway.http.codec import SignatureCodec
 from inferway_gateway.settings import Settings
 
 INFER = {
@@ -78,6 +80,33 @@ async def test_the_short_way_to_inference_leads_where_the_router_leads(
             assert await answers() == short
         assert [status for status, _ in short][:2] == [200, 200]
         assert {status for status, _ in short[2:]} >= {404}
+
+
+async def test_long_bodies_are_read_and_written_off_the_loop_and_short_ones_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = threading.get_ident()
+    where: list[tuple[str, bool]] = []
+
+    def watched(name: str) -> Any:
+        original = getattr(SignatureCodec, name)
+
+        def call(*args: Any) -> Any:
+            where.append((name, threading.get_ident() == here))
+            return original(*args)
+
+        return call
+
+    for name in ("decode", "encode"):
+        monkeypatch.setattr(SignatureCodec, name, watched(name))
+    async with running(tmp_path) as (_, client):
+        rows = 4096
+        long = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, 16], "data": [1.0] * 16 * rows}]}
+        for request, on_loop in ((INFER, True), (long, False)):
+            where.clear()
+            answer = await client.post("/v2/models/add_one/infer", json=request)
+            assert answer.json()["outputs"][0]["data"] == [2.0] * len(request["inputs"][0]["data"])  # type: ignore[index]
+            assert where == [("decode", on_loop), ("encode", on_loop)]
 
 
 async def test_a_defect_is_logged_with_its_request_and_answered_without_details(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import struct
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,17 @@ from numpy.typing import NDArray
 from inferway_gateway.core.errors import GatewayError, InvalidParameterError, InvalidTensorError, PayloadTooLargeError
 from inferway_gateway.core.errors import MalformedRequestError as Malformed
 from inferway_gateway.core.tensors import DTYPES, Signature, TensorSpec
-from inferway_gateway.http.codec import JSON_STRUCTURE_LIMIT, DecodedRequest, SignatureCodec, classify
+from inferway_gateway.http.codec import (
+    JSON_STRUCTURE_LIMIT,
+    OFF_LOOP_ELEMENTS,
+    OFF_LOOP_JSON_BYTES,
+    DecodedRequest,
+    OutputForm,
+    SignatureCodec,
+    classify,
+    load_json,
+    to_json,
+)
 
 LIMIT = 8 << 20
 NUMERIC = [d for d in DTYPES if d not in ("BYTES", "BF16", "FP16")]
@@ -125,6 +138,49 @@ def test_nan_and_infinities_survive_json_as_tokens() -> None:
     assert x[1:].tolist() == [math.inf, -math.inf, 1.5, 0.0]
     (part,), _ = c.encode(request, [x])
     assert bytes(part).endswith(b'"data":[NaN,Infinity,-Infinity,1.5,-0.0]}]}')
+
+
+@pytest.mark.parametrize("odd", [(), (0,), (70_000,), (65_535, 65_536, 199_999), range(0, 200_000, 3)])
+def test_a_large_tensor_is_one_json_array_whatever_is_in_it(odd: Sequence[int]) -> None:
+    value = np.arange(200_000, dtype=np.float32)
+    value[list(odd)] = np.resize(np.array([np.nan, np.inf, -np.inf], np.float32), len(odd))
+    text = to_json("y", "FP32", value)
+    np.testing.assert_array_equal(np.array(json.loads(text), np.float32), value)
+    assert b"null" not in text
+    whole = np.arange(200_000)
+    assert (
+        json.loads(to_json("y", "INT64", whole.reshape(2, -1)[:, ::-1]))
+        == whole.reshape(2, -1)[:, ::-1].ravel().tolist()
+    )
+
+
+def test_what_takes_long_is_known_before_it_is_done() -> None:
+    numbers, strings = codec("FP32"), codec("BYTES")
+    assert not numbers.decodes_long(OFF_LOOP_JSON_BYTES, None)
+    assert numbers.decodes_long(OFF_LOOP_JSON_BYTES + 1, None)
+    assert not numbers.decodes_long(1 << 26, 100)
+    assert numbers.decodes_long(1 << 26, OFF_LOOP_JSON_BYTES + 1)
+    assert strings.decodes_long(1 << 26, 100)
+    large, small = np.zeros(OFF_LOOP_ELEMENTS + 1, np.float32), np.zeros(OFF_LOOP_ELEMENTS, np.float32)
+    text = DecodedRequest({}, ("y",), None, None, 0, None, 0)
+    assert not numbers.encodes_long(text, [small])
+    assert numbers.encodes_long(text, [large])
+    assert not numbers.encodes_long(replace(text, forms=(OutputForm(True),)), [large])
+    assert numbers.encodes_long(replace(text, forms=(OutputForm(True, classification=1),)), [large])
+    assert strings.encodes_long(replace(text, forms=(OutputForm(True),)), [large.astype(object)])
+
+
+def test_reading_much_json_leaves_the_collector_as_it_was() -> None:
+    raw = b'{"a":[' + b"[]," * OFF_LOOP_JSON_BYTES + b"[]]}"
+    try:
+        for was in (True, False):
+            (gc.enable if was else gc.disable)()
+            load_json(raw, LIMIT)
+            with pytest.raises(Malformed):
+                load_json(raw[:-1], LIMIT)
+            assert gc.isenabled() is was
+    finally:
+        gc.enable()
 
 
 def test_json_and_binary_inputs_mix_in_one_request() -> None:
@@ -250,6 +306,47 @@ def test_classification_gives_the_best_classes_with_their_labels() -> None:
     assert classify(spec, value[0], 5, batched=False).tolist() == ["0.700000:1:dog", "0.200000:2", "0.100000:0:cat"]
 
 
+def test_classification_writes_integers_as_they_are_and_ranks_the_largest_exactly() -> None:
+    spec = TensorSpec("y", "UINT64", (3,))
+    values = np.array([2**64 - 2, 2**64 - 1, 5], np.uint64)
+    assert classify(spec, values, 3, batched=False).tolist() == [
+        "18446744073709551615:1",
+        "18446744073709551614:0",
+        "5:2",
+    ]
+    lowest = np.array([[-128, 127, -7]], np.int8)
+    assert classify(TensorSpec("y", "INT8", (-1, 3)), lowest, 3, batched=True).tolist() == [["127:1", "-7:2", "-128:0"]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "batched", "expected"),
+    [
+        ((), False, (1,)),
+        ((), True, (1,)),
+        ((0, 3), True, (0, 2)),
+        ((2, 0), True, (2, 0)),
+        ((0,), False, (0,)),
+        ((3,), True, (3, 1)),
+        ((2, 2, 2), True, (2, 2)),
+        ((2, 2, 2), False, (2,)),
+    ],
+)
+def test_classification_has_a_shape_for_every_output(
+    shape: tuple[int, ...], batched: bool, expected: tuple[int, ...]
+) -> None:
+    assert classify(TensorSpec("y", "FP16", shape), np.ones(shape, np.float16), 2, batched=batched).shape == expected
+
+
+def test_classification_ranks_what_is_no_number_last() -> None:
+    values = np.array([math.nan, -math.inf, math.inf, 1.0], np.float32)
+    assert classify(TensorSpec("y", "FP32", (4,)), values, 4, batched=False).tolist() == [
+        "inf:2",
+        "1.000000:3",
+        "-inf:1",
+        "nan:0",
+    ]
+
+
 @pytest.mark.parametrize("as_binary", [True, False])
 def test_classification_is_sent_as_strings(as_binary: bool) -> None:
     c = codec("FP32", (-1, 2))
@@ -295,7 +392,11 @@ GOOD: dict[str, Any] = {"name": "x", "datatype": "INT32", "shape": [1, 2], "data
         (body(inputs=[{**GOOD, "shape": [True, 2]}]), "non-negative integers, got True"),
         (body(inputs=[{**GOOD, "shape": [1] * 40}]), "at most 32 dimensions, got 40"),
         (body(inputs=[{**GOOD, "shape": [2**62, 2**62]}]), "elements, got 2"),
-        (body(inputs=[{**GOOD, "shape": [2**63, 0], "data": []}]), "no tensor can have"),
+        (body(inputs=[{**GOOD, "shape": [2**63 - 1, 0], "data": []}]), "no tensor can have"),
+        (body(inputs=[{**GOOD, "shape": [2**63, 0], "data": []}]), "dimensions below 2**63, got 9223372036854775808"),
+        (body(inputs=[{**GOOD, "shape": [10**3000] * 2, "data": [math.nan]}]), "below 2**63, got a very large number"),
+        # The rank goes first: the product of ever so many dimensions would take minutes.
+        (body(inputs=[{**GOOD, "shape": [1] * 40 + [-1]}]), "at most 32 dimensions, got 41"),
         (body(inputs=[{**GOOD, "datatype": "FP32"}]), "expects datatype INT32, got 'FP32'"),
         (body(inputs=[{**GOOD, "datatype": 7}]), "expects datatype INT32, got 7"),
         (body(inputs=[{**GOOD, "data": [1]}]), "expects 2 elements, got 1"),
@@ -324,7 +425,7 @@ GOOD: dict[str, Any] = {"name": "x", "datatype": "INT32", "shape": [1, 2], "data
         (body(inputs=[GOOD], outputs=[3]), "each of 'outputs'"),
         (body(inputs=[GOOD], outputs=[{"name": None}]), "'name' of an output"),
         (body(inputs=[GOOD], outputs=[{"name": "z"}]), "unexpected inference output 'z'"),
-        (body(inputs=[GOOD], outputs=[{"name": "y"}] * 2), "at most 1 outputs, got 2"),
+        (body(inputs=[GOOD], outputs=[{"name": "y"}] * 2), "output 'y' already exists in request"),
         (body(inputs=[GOOD], outputs=[{"name": "y", "parameters": {"classification": 0}}]), "positive integer"),
         (body(inputs=[GOOD], outputs=[{"name": "y", "parameters": {"binary_data": "yes"}}]), "expects a boolean"),
         (body(inputs=[GOOD], outputs=[{"name": "y", "parameters": {"shared_memory_region": "r"}}]), "shared memory"),
