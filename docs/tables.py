@@ -45,6 +45,8 @@ def default_of(field: Any) -> str:
     value = field.default
     if value is None or value == ():
         return "–"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return f"`{','.join(map(str, value)) if isinstance(value, tuple) else value}`"
 
 
