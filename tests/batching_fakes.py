@@ -176,7 +176,7 @@ class VirtualRunners(RunnerPool):
             job.handle.bind(None)
             if job.handle.terminated:
                 job.error, job.results, job.physical_rows = DeadlineExceededError("ended"), [], 0
-            job.run_s = loop.time() - begun
+            job.run_s = job.work_s = loop.time() - begun
             self.timeline.append((begun, loop.time(), job.rows))
             self._ended_virtually(job)
 

@@ -388,9 +388,9 @@ class Batcher:
         """The rows of one request that go into one run; 0 for all. Lock held."""
         if self._max_rows or not self._may_cut:
             return self._max_rows
-        curve = self.costs.curve(elements)
-        if not curve.known:
+        if not self.costs.known:
             return SPLIT_ROWS
+        curve = self.costs.curve(elements)
         most = curve.rows_within(SPLIT_RUN_S)
         if most == curve.points[-1].rows:
             most = int(most * SPLIT_RUN_S / curve.seconds(most))
@@ -398,12 +398,11 @@ class Batcher:
 
     def _retry_after_s(self) -> float:
         """When the queue will have emptied at the present speed. Lock held."""
-        curve = self.costs.latest
-        if not curve.known:
+        if not self.costs.known:
             return 1.0
-        target = curve.target
+        curve = self.costs.latest
         at_once = min(self._instances, self._runners.threads)
-        wait_s = self._queue.rows / target * curve.seconds(target) / at_once
+        wait_s = self._queue.rows / curve.target * curve.seconds(curve.target) * self.costs.stretch / at_once
         low, high = RETRY_AFTER_BOUNDS_S
         return min(max(wait_s, low), high)
 
@@ -561,7 +560,8 @@ class Batcher:
         self._jobs.discard(job)
         if job.error is None:
             if job.physical_rows:
-                self.costs.learn(job.elements, job.physical_rows, job.assemble_s + job.run_s + job.split_s)
+                wall_s = job.assemble_s + job.run_s + job.split_s
+                self.costs.learn(job.elements, job.physical_rows, wall_s, job.work_s)
         elif len(job.parts) > 1:
             middle = (len(job.parts) + 1) // 2
             self._again.append(job.parts[:middle])
@@ -602,6 +602,7 @@ class Batcher:
             part.ticket.begun = True
         job.begun = self._clock()
         start = time.perf_counter()
+        used = time.thread_time()
         try:
             target = self._layout.target(parts)
             inputs, rows = self._layout.stack(parts, target)
@@ -627,6 +628,7 @@ class Batcher:
                 if part.rows != part.ticket.rows:
                     self._merge(part, part.ticket, own)
             job.split_s = time.perf_counter() - ran
+            job.work_s = time.thread_time() - used
             job.physical_rows = rows
         except GatewayError as error:
             job.error = error
@@ -717,6 +719,8 @@ class BatchRun:
     assemble_s: float = 0.0
     run_s: float = 0.0
     split_s: float = 0.0
+    work_s: float = 0.0
+    """For how much of all that the runner's thread had the processor."""
     results: list[list[NDArray[Any]]] = field(default_factory=list)
     error: GatewayError | None = None
 

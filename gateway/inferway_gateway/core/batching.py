@@ -24,6 +24,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -41,7 +42,9 @@ BATCH_BYTES_BOUND: Final = 64 * 1024 * 1024
 """Payload that requests may add up to in one run. A single larger request still runs; more only costs copies."""
 
 _SKIPPED_BOUND: Final = 16
+_HUSKS_BOUND: Final = 16
 _WINDOW_BOUND: Final = 128
+_ELEMENTS_BOUND: Final = 4096
 _WORTH: Final = 1.005  # own elements per second must rise by that much for a mate of another length
 
 
@@ -138,6 +141,7 @@ class Layout:
         self.max_waste = min((p.max_waste for p in self._paddings if not p.buckets), default=1.0)
         self.free = any(not p.buckets for p in self._paddings)
         self.variable = any(s.optional or -1 in s.shape[1:] for s in signature.inputs) or not signature.batched
+        self._elements: dict[tuple[Key, Lengths], int] = {}
         self._place: tuple[Key, Lengths, int] = ((), (), sum(math.prod(s.shape[1:]) for s in signature.inputs))
 
     def place(self, inputs: Arrays, rows: int) -> tuple[Key, Lengths, int]:
@@ -211,14 +215,19 @@ class Layout:
         """Elements of all inputs per row when ``part`` is padded to run with parts of these lengths."""
         if not longest or longest == part.lengths:
             return part.elements
-        target = self._rounded(longest)
-        total = 0
-        for name, array in part.inputs.items():
-            shape = list(array.shape)
-            for axis, number in self._padded.get(name, ()):
-                shape[axis] = target[number]
-            total += math.prod(shape[1:])
-        return total
+        found = self._elements.get((part.key, longest))
+        if found is None:
+            target = self._rounded(longest)
+            found = 0
+            for name, array in part.inputs.items():
+                shape = list(array.shape)
+                for axis, number in self._padded.get(name, ()):
+                    shape[axis] = target[number]
+                found += math.prod(shape[1:])
+            if len(self._elements) >= _ELEMENTS_BOUND:
+                self._elements.clear()
+            self._elements[part.key, longest] = found
+        return found
 
     def stack(self, parts: Sequence[Part], target: Lengths) -> tuple[Arrays, int]:
         """Join parts along the batch axis.
@@ -393,7 +402,6 @@ class BatchQueue:
                 level.drop(part)
                 self._taken(part)
                 part.inputs = {}  # the husk may stay a while, its arrays need not
-                level.compact()
 
     def put_last(self, ticket: Ticket) -> None:
         """Let the ticket's waiting parts wait behind everything else, without an end."""
@@ -403,7 +411,6 @@ class BatchQueue:
             if part.queued and part.level != last.index:
                 level = self._levels[part.level]
                 level.drop(part)
-                level.compact()
                 if not moved:
                     moved = True
                     level.requests -= 1
@@ -415,7 +422,7 @@ class BatchQueue:
     def take(self, now: float) -> list[Part] | None:
         """The next batch, or None where nothing waits or what waits had better wait on. Parts are taken out."""
         for level in self._levels:
-            head = level.head(now)
+            head = level.order.head(now)
             if head is None:
                 continue
             group = level.groups[head.key]
@@ -432,14 +439,14 @@ class BatchQueue:
         """When a batch that waits for more rows leaves without them; None where none does."""
         if not self.delayed:
             return None
-        heads = (level.head(now) for level in self._levels)
+        heads = (level.order.head(now) for level in self._levels)
         return min((h.queued_at + self._delay_s for h in heads if h is not None), default=None)
 
     def worth_waiting(self) -> bool:
         """Whether requests that arrive in the same moment should be gathered before the first of them leaves."""
         return self._batching and (bool(self._preferred) or self._costs.latest.target > self.rows)
 
-    def _ready(self, head: Part, group: _Group, now: float) -> bool:
+    def _ready(self, head: Part, group: _Line, now: float) -> bool:
         if self.hurry or now >= head.queued_at + self._delay_s:
             return True
         wanted = self._preferred[0] if self._preferred else self._costs.curve(head.elements).target
@@ -470,19 +477,19 @@ class BatchQueue:
         return self._in_order(head, groups, limit, now)
 
     def _limit(self, head: Part, curve: CostCurve, available: int, now: float) -> int:
-        limit = curve.limit(available)
+        limit = self._costs.limit(curve, available)
         if self._preferred:
             # The operator's word against the curve's: the largest wanted size that can be filled.
             fitting = bisect_left(self._preferred, available + 1)
             limit = self._preferred[fitting - 1] if fitting else available
         if self._max_rows:
             limit = min(limit, self._max_rows)
-        slack = head.ticket.deadline - now
-        if slack < curve.seconds(limit) and curve.known and curve.seconds(head.rows) <= slack:
+        slack = (head.ticket.deadline - now) / self._costs.stretch
+        if slack < curve.seconds(limit) and self._costs.known and curve.seconds(head.rows) <= slack:
             limit = min(limit, curve.rows_within(slack))  # company must not make the oldest late
         return max(limit, head.rows)
 
-    def _in_order(self, head: Part, groups: Sequence[_Group], limit: int, now: float) -> list[Part]:
+    def _in_order(self, head: Part, groups: Sequence[_Line], limit: int, now: float) -> list[Part]:
         """Parts of the same shape: the oldest first, passing over those that do not fit any more."""
         chosen = [head]
         rows, nbytes = head.rows, head.nbytes
@@ -502,7 +509,7 @@ class BatchQueue:
                     break
         return chosen
 
-    def _window(self, head: Part, groups: Sequence[_Group], limit: int, now: float) -> list[Part]:
+    def _window(self, head: Part, groups: Sequence[_Line], limit: int, now: float) -> list[Part]:
         """The oldest parts that mates are chosen from: a few times what a batch takes, so that lengths match."""
         found = [head]
         rows = head.rows
@@ -563,17 +570,33 @@ class BatchQueue:
             self._levels[part.level].requests -= 1
 
 
-class _Group:
-    """Parts of one level and key in order of arrival. ``rows`` counts those that wait here; the others are husks."""
+class _Line:
+    """Parts in order of arrival. Those that were taken out of turn, went away or moved stay as husks for a while."""
 
-    __slots__ = ("level", "parts", "rows")
+    __slots__ = ("level", "live", "parts", "rows")
 
     def __init__(self, level: int) -> None:
         self.level = level
         self.parts: deque[Part] = deque()
+        self.live = 0
         self.rows = 0
 
+    def add(self, part: Part) -> None:
+        self.parts.append(part)
+        self.live += 1
+        self.rows += part.rows
+
+    def drop(self, part: Part) -> None:
+        self.live -= 1
+        self.rows -= part.rows
+        parts = self.parts
+        if parts and parts[0] is part:
+            parts.popleft()
+        if len(parts) > 2 * self.live + _HUSKS_BOUND:
+            self.parts = deque(p for p in parts if p.queued and p.level == self.level and p is not part)
+
     def head(self, now: float) -> Part | None:
+        """The oldest part that may be taken. What is overdue is let go; it counts until the batcher has answered it."""
         parts = self.parts
         while parts:
             part = parts[0]
@@ -582,67 +605,41 @@ class _Group:
             parts.popleft()
         return None
 
+    def waiting(self, now: float) -> Iterator[Part]:
+        for part in self.parts:
+            if part.queued and part.level == self.level and part.expires > now:
+                yield part
+
 
 class _Level:
-    """One priority level.
+    """One priority level: all its parts in order of arrival, and those of each key."""
 
-    Parts that were taken out of turn, went away or moved stay in the deques as husks until they come to the front.
-    """
-
-    __slots__ = ("dropped", "groups", "index", "order", "policy", "requests", "waiting")
+    __slots__ = ("groups", "index", "order", "policy", "requests")
 
     def __init__(self, index: int, policy: QueuePolicy) -> None:
         self.index = index
         self.policy = policy
-        self.order: deque[Part] = deque()
-        self.groups: dict[Key, _Group] = {}
+        self.order = _Line(index)
+        self.groups: dict[Key, _Line] = {}
         self.requests = 0
-        self.waiting = 0
-        self.dropped = 0
 
     def add(self, part: Part) -> None:
-        self.order.append(part)
+        self.order.add(part)
         group = self.groups.get(part.key)
         if group is None:
-            group = self.groups[part.key] = _Group(self.index)
-        group.parts.append(part)
-        group.rows += part.rows
-        self.waiting += 1
+            group = self.groups[part.key] = _Line(self.index)
+        group.add(part)
 
     def drop(self, part: Part) -> None:
+        self.order.drop(part)
         group = self.groups[part.key]
-        group.rows -= part.rows
-        if group.rows == 0:
+        group.drop(part)
+        if group.live == 0:
             del self.groups[part.key]
-        elif group.parts and group.parts[0] is part:
-            group.parts.popleft()
-        self.waiting -= 1
-        self.dropped += 1
-
-    def head(self, now: float) -> Part | None:
-        order = self.order
-        while order:
-            part = order[0]
-            if part.queued and part.level == self.index and part.expires > now:
-                return part
-            # Taken, gone, moved or overdue. What is overdue still counts as waiting until the batcher has answered it.
-            order.popleft()
-        return None
-
-    def compact(self) -> None:
-        """Forget the husks once they are most of what is kept: a stalled queue must not collect vanished callers."""
-        if self.dropped > 64 and self.dropped > self.waiting:
-            self.dropped = 0
-            self.order = deque(p for p in self.order if p.queued and p.level == self.index)
-            for group in self.groups.values():
-                group.parts = deque(p for p in group.parts if p.queued and p.level == self.index)
 
 
-def _waiting(groups: Sequence[_Group], now: float) -> Iterator[Part]:
-    for group in groups:
-        for part in group.parts:
-            if part.queued and part.level == group.level and part.expires > now:
-                yield part
+def _waiting(lines: Sequence[_Line], now: float) -> Iterator[Part]:
+    return chain.from_iterable(line.waiting(now) for line in lines)
 
 
 def _require_variable(kind: str, name: str, axis: int, specs: dict[str, TensorSpec]) -> None:

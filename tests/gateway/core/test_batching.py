@@ -259,9 +259,23 @@ def test_removed_requests_leave_no_arrays_and_no_end_of_husks_behind() -> None:
         waiting.queue.remove(ticket)
         assert ticket.parts[0].inputs == {}
     level = waiting.queue._levels[0]
-    assert len(level.order) <= 130
-    assert sum(len(group.parts) for group in level.groups.values()) <= 130
+    assert len(level.order.parts) <= 20
+    assert sum(len(group.parts) for group in level.groups.values()) <= 20
     assert waiting.take() == [stays]
+
+
+def test_a_queue_that_is_never_empty_does_not_grow() -> None:
+    waiting = Waiting(PADDED, max_rows=4)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        waiting.add(length=int(rng.integers(1, 60)))
+    for _ in range(2000):
+        for _ in waiting.take():
+            waiting.add(length=int(rng.integers(1, 60)))
+    level = waiting.queue._levels[0]
+    assert waiting.queue.requests == 40
+    assert len(level.order.parts) <= 100
+    assert sum(len(group.parts) for group in level.groups.values()) <= 100
 
 
 # ---- pieces of large requests

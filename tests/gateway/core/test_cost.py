@@ -8,13 +8,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferway_gateway.core.backend import CostPoint
-from inferway_gateway.core.cost import EXPLORE_EVERY, CostCurve, CostModel
+from inferway_gateway.core.cost import EXPLORE_EVERY, CostModel
 
 SIZES = (1, 2, 4, 8, 16, 32)
 
 
-def curve(seconds: list[float], **options: float) -> CostCurve:
-    return CostCurve(SIZES[: len(seconds)], seconds, **options)  # type: ignore[arg-type]  # one helper for all options
+class Known:
+    """A model of one length whose runs take what ``seconds`` says, as measured at load."""
+
+    def __init__(self, seconds: list[float], lone_rows: int = 1) -> None:
+        sizes = SIZES[: len(seconds)]
+        measured = [CostPoint(n, s) for n, s in zip(sizes, seconds, strict=True)]
+        self.model = CostModel(measured, max_rows=sizes[-1], lone_rows=lone_rows)
+
+    @property
+    def target(self) -> int:
+        return self.model.latest.target
+
+    def seconds(self, rows: int) -> float:
+        return self.model.latest.seconds(rows)
+
+    def limit(self, available: int) -> int:
+        return self.model.limit(self.model.latest, available)
+
+    def learn(self, rows: int, seconds: float) -> None:
+        self.model.learn(1, rows, seconds, seconds)
+
+
+def curve(seconds: list[float], lone_rows: int = 1) -> Known:
+    return Known(seconds, lone_rows)
 
 
 def points(**seconds: float) -> tuple[CostPoint, ...]:
@@ -46,21 +68,21 @@ def test_slow_runs_must_gain_more_to_be_worth_doubling() -> None:
 
 
 def test_a_lone_row_that_is_padded_costs_what_two_rows_cost() -> None:
-    padded = curve([1.0, 2.0, 4.0, 8.0], lone_rows=2)
+    padded = curve([0.001, 0.002, 0.004, 0.008], lone_rows=2)
     assert padded.seconds(1) == padded.seconds(2)
     assert padded.target == 2
 
 
 def test_a_curve_that_only_a_lone_row_fits_still_knows_its_cost() -> None:
-    assert CostCurve((1,), (0.5,), lone_rows=2).seconds(1) == pytest.approx(1.0)
+    assert curve([0.5], lone_rows=2).seconds(1) == pytest.approx(1.0)
 
 
 def test_between_and_beyond_the_sizes() -> None:
     known = curve([1.0, 1.0, 3.0])
     assert known.seconds(3) == pytest.approx(2.0)
     assert known.seconds(8) == pytest.approx(6.0)
-    assert known.rows_within(1.5) == 2
-    assert known.rows_within(0.1) == 1
+    assert known.model.latest.rows_within(1.5) == 2
+    assert known.model.latest.rows_within(0.1) == 1
 
 
 def test_a_slowdown_of_every_size_leaves_the_target_alone() -> None:
@@ -142,12 +164,12 @@ def test_one_outlier_does_not_move_the_target() -> None:
 
 def test_without_a_measurement_batching_has_to_prove_itself() -> None:
     model = CostModel(())
-    assert not model.latest.known
+    assert not model.known
     assert model.latest.target == 1
     for _ in range(5000):
-        rows = model.latest.limit(1000)
-        model.learn(7, rows, 0.01 + rows * 1e-5)
-    assert model.latest.known
+        rows = model.limit(model.latest, 1000)
+        model.learn(7, rows, 0.01 + rows * 1e-5, 0.01 + rows * 1e-5)
+    assert model.known
     assert model.latest.target >= 256
     assert model.latest.seconds(256) == pytest.approx(0.01256, rel=0.25)
 
@@ -171,8 +193,9 @@ def test_rows_of_another_length_start_from_the_measured_curve() -> None:
 def test_lengths_learn_apart_and_models_of_one_length_know_only_one() -> None:
     model = CostModel(points(n1=1.0, n2=2.0), row_elements=16, variable=True)
     for _ in range(50):
-        model.learn(16, 1, 3.0)
+        model.learn(16, 1, 3.0, 3.0)
     assert model.curve(16).seconds(1) == pytest.approx(3.0, rel=0.1)
+    assert model.curve(64).seconds(1) == pytest.approx(12.0, rel=0.2), "what befell one length befell the others"
     assert model.latest is model.curve(16)
     assert model.curve(64) is not model.curve(16)
     fixed = CostModel(points(n1=1.0))
@@ -187,23 +210,71 @@ def test_the_first_row_seen_stands_for_an_unknown_measurement() -> None:
 
 def test_curves_are_bounded_in_number() -> None:
     model = CostModel(points(n1=1.0), row_elements=1, variable=True)
-    for power in range(400):
-        model.curve(2 ** (power // 2) + power)
-    assert len(model._curves) <= 64
+    for elements in range(5000):
+        model.curve(elements)
+    assert len(model._curves) <= 512
 
 
 @given(
     st.lists(st.floats(1e-6, 10.0), min_size=1, max_size=8),
     st.lists(st.tuples(st.integers(1, 2000), st.floats(1e-7, 100.0)), max_size=60),
     st.integers(1, 2),
+    st.booleans(),
+    st.floats(0.0, 1.0),
 )
 def test_whatever_is_measured_and_learnt_costs_stay_positive_and_the_target_a_size(
-    measured: list[float], runs: list[tuple[int, float]], lone_rows: int
+    measured: list[float], runs: list[tuple[int, float]], lone_rows: int, variable: bool, share: float
 ) -> None:
-    model = CostModel([CostPoint(1 << i, s) for i, s in enumerate(measured)], max_rows=100, lone_rows=lone_rows)
+    points = [CostPoint(1 << i, s) for i, s in enumerate(measured)]
+    model = CostModel(points, max_rows=100, lone_rows=lone_rows, variable=variable)
     for rows, seconds in runs:
-        model.learn(5, rows, seconds)
-        assert model.latest.limit(rows) <= 100
+        model.learn(5, rows, seconds, seconds * share)
+        assert model.limit(model.latest, rows) <= 100
     for rows in (1, 2, 3, 50, 100, 5000):
         assert 0 < model.latest.seconds(rows) < math.inf
     assert model.latest.target in {p.rows for p in model.latest.points}
+
+
+def test_waiting_for_the_processor_is_not_learnt_as_cost_and_known_as_stretch() -> None:
+    model = CostModel(points(n1=0.001, n2=0.002, n4=0.004), max_rows=4)
+    noise = random.Random(4)
+    for i in range(1000):
+        rows = (1, 2, 4)[i % 3]
+        work_s = rows * 0.001
+        # Another process takes the processor for 4 ms at a time: few short runs are hit, and long ones nearly always.
+        wall_s = work_s + 0.004 * (noise.random() < rows / 5)
+        model.learn(1, rows, wall_s, work_s)
+    assert model.latest.seconds(1) == pytest.approx(0.001, rel=0.05)
+    assert model.latest.seconds(4) == pytest.approx(0.004, rel=0.05)
+    assert 1.3 < model.stretch < 3.0
+
+
+def test_where_threads_wait_for_a_device_the_time_on_the_wall_counts() -> None:
+    model = CostModel(points(n1=0.001, n2=0.002), max_rows=2)
+    for _ in range(200):
+        model.learn(1, 1, 0.003, 0.0002)
+    assert model.latest.seconds(1) == pytest.approx(0.003, rel=0.05)
+    assert model.stretch == 1.0
+
+
+def test_learning_costs_little_of_the_time_that_short_runs_take() -> None:
+    model = CostModel(points(n1=5e-6))
+    learnt = 0
+    for _ in range(10_000):
+        version = model._version
+        model.learn(1, 1, 5e-6, 5e-6)
+        learnt += model._version > version
+    assert 10 < learnt < 100
+    model.learn(1, 2, 5e-6, 5e-6)
+    assert model._last_rows == 2, "a size that was not run just before is always learnt from"
+
+
+def test_a_gain_learnt_at_one_length_is_expected_at_the_next() -> None:
+    flat = {f"n{n}": n * 0.001 for n in (1, 2, 4, 8, 16)}
+    model = CostModel(points(**flat), row_elements=64, variable=True, max_rows=16)
+    assert model.curve(64).target == model.curve(96).target == 1
+    for i in range(300):
+        rows = (1, 2, 4, 8)[i % 4]
+        model.learn(64, rows, 0.0006 + rows * 0.0004, 0.0006 + rows * 0.0004)
+    assert model.curve(64).target >= 4
+    assert model.curve(96).target >= 4
