@@ -173,7 +173,11 @@ class TestRevoke:
         assert keys("revoke", id_of(key), "--json") == 0
         assert contract.KeyRecord.model_validate_json(keys.out).revoked_at is not None
 
-    @pytest.mark.parametrize("key_id", ["000000000000", "nonsense", ApiKey.generate("live").reveal()])
+    @pytest.mark.parametrize(
+        "key_id",
+        ["000000000000", "nonsense", ApiKey.generate("live").reveal()],
+        ids=["unknown", "nonsense", "a key that was never made"],
+    )
     @pytest.mark.parametrize("action", ["revoke", "rotate"])
     def test_an_unknown_id_fails_in_words_without_the_text(self, keys: Shell, action: str, key_id: str) -> None:
         assert keys(action, key_id) == 1
