@@ -104,9 +104,13 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class _Waiter(Ticket):
-    """A ticket somebody awaits. Beside ``Ticket``'s, all of this belongs to the loop, but for ``merged``."""
+    """A ticket somebody awaits. Beside ``Ticket``'s, all of this belongs to the loop, but for ``merged``.
 
-    future: asyncio.Future[Answer] = field(kw_only=True)
+    Once it is answered it holds on to nothing large: the queue and the timer may know it for a while.
+    """
+
+    future: asyncio.Future[Answer] | None = field(kw_only=True)
+    """None: answered, or nobody waits any more."""
     rows: int = field(kw_only=True)
     counted_rows: int = field(kw_only=True)
     """What the statistics count: nothing for the row that stands in for a request of none."""
@@ -259,9 +263,10 @@ class Batcher:
             if isinstance(known, Answer):
                 return known
             request = known
-        waiter = self._admit(request, rows)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        waiter = self._admit(request, rows, future)
         try:
-            answer = await waiter.future
+            answer = await future
         except asyncio.CancelledError:
             self._abandon(waiter)
             raise
@@ -314,7 +319,7 @@ class Batcher:
             self._timer = None
         return not self._jobs
 
-    def _admit(self, request: InferenceRequest, counted_rows: int) -> _Waiter:
+    def _admit(self, request: InferenceRequest, counted_rows: int, future: asyncio.Future[Answer]) -> _Waiter:
         """Queue a request, or raise what refuses it."""
         now = self._clock()
         queue = self._queue
@@ -324,7 +329,7 @@ class Batcher:
             request.outputs,
             level,
             math.inf if request.deadline is None else request.deadline,
-            future=asyncio.get_running_loop().create_future(),
+            future=future,
             rows=rows,
             counted_rows=counted_rows,
         )
@@ -355,8 +360,7 @@ class Batcher:
             self._gathering = True
             asyncio.get_running_loop().call_soon(self._gathered)
         if expires < math.inf:
-            self._serial += 1
-            heapq.heappush(self._expiries, (expires, self._serial, waiter))
+            self._watch(expires, waiter)
         self._gauge()
         if expires < self._timer_at or self._unwatched(now):
             self._arm(now)
@@ -414,6 +418,7 @@ class Batcher:
             if not waiter.begun:
                 self._stats.dropped_cancelled += 1
             self._forget(waiter)
+        waiter.future = waiter.outcome = None
 
     def _settle(self, waiter: _Waiter, outcome: Answer | GatewayError) -> None:
         """Answer a waiter, once; in order of arrival where that was promised."""
@@ -436,6 +441,7 @@ class Batcher:
                         job.handle.terminate()
             self._gauge()
         waiter.parts.clear()
+        waiter.merged = None
         if self._preserve_order:
             line = self._unsent[waiter.level]
             while line and not line[0].live:
@@ -445,7 +451,8 @@ class Batcher:
 
     def _send(self, waiter: _Waiter) -> None:
         future, outcome = waiter.future, waiter.outcome
-        if future.done() or outcome is None:
+        waiter.future = waiter.outcome = None
+        if future is None or future.done() or outcome is None:
             return
         if isinstance(outcome, Answer):
             self._stats.answered(
@@ -470,6 +477,15 @@ class Batcher:
             )
 
     # -- time ----------------------------------------------------------------------------------------------------------
+
+    def _watch(self, moment: float, waiter: _Waiter) -> None:
+        """Look after a waiter at ``moment``."""
+        if len(self._expiries) > 2 * len(self._waiters) + 64:
+            # Most requests are answered long before their deadline.
+            self._expiries = [entry for entry in self._expiries if entry[2].future is not None]
+            heapq.heapify(self._expiries)
+        self._serial += 1
+        heapq.heappush(self._expiries, (moment, self._serial, waiter))
 
     def _unwatched(self, now: float) -> bool:
         """Whether something may be due before the timer. A timer within a run's time sees to all runs that began."""
@@ -498,8 +514,8 @@ class Batcher:
         now = self._clock()
         while self._expiries and self._expiries[0][0] <= now:
             waiter = heapq.heappop(self._expiries)[2]
-            if not waiter.future.done():
-                self._expire(waiter, now)
+            if waiter.future is not None and not waiter.future.done():
+                self._expire(waiter, waiter.future, now)
         with self._lock:
             for job in self._jobs:
                 if job.limit_at <= now:
@@ -509,7 +525,7 @@ class Batcher:
                 self._runners.offer(self)
         self.refresh()
 
-    def _expire(self, waiter: _Waiter, now: float) -> None:
+    def _expire(self, waiter: _Waiter, future: asyncio.Future[Answer], now: float) -> None:
         if now >= waiter.deadline:
             error = DeadlineExceededError(
                 f"the deadline of the request passed while it {'ran' if waiter.begun else 'waited'}"
@@ -517,7 +533,7 @@ class Batcher:
             if waiter.live:
                 self._settle(waiter, error)
             else:
-                waiter.future.set_exception(error)  # answered, and held back until those before it are
+                future.set_exception(error)  # answered, and held back until those before it are
             return
         # The queue's timeout. It binds until the first run begins.
         if waiter.waiting and not waiter.begun:
@@ -527,8 +543,7 @@ class Batcher:
             with self._lock:
                 self._queue.put_last(waiter)
         if waiter.deadline < math.inf:
-            self._serial += 1
-            heapq.heappush(self._expiries, (waiter.deadline, self._serial, waiter))
+            self._watch(waiter.deadline, waiter)
 
     def _gauge(self) -> None:
         stats, queue = self._stats, self._queue

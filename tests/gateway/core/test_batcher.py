@@ -191,6 +191,10 @@ async def test_a_large_request_without_a_bound_is_cut_by_what_a_run_costs() -> N
         assert answer.outputs[0].shape == (100, 3)
         assert max(c.runs) <= 16
         assert sum(c.runs) == 100
+    tiny = RowModel(profile=profile({1: 1e-6, 64: 2e-6}))
+    async with case(model=tiny) as c:
+        await c.ask(np.ones((5000, 3)))
+        assert c.runs == [5000], "5000 rows of a microsecond each hold nobody up"
     unknown = RowModel(profile=profile())
     async with case(model=unknown) as c:
         await c.ask(np.ones((1000, 3)))
@@ -601,6 +605,32 @@ async def test_a_defect_of_the_queue_answers_everybody_and_takes_the_model_out()
         assert not c.batcher.ready
         with pytest.raises(ShuttingDownError):
             await c.ask(rows_of(3))
+
+
+@on_virtual_time
+async def test_outputs_that_cannot_be_taken_apart_are_the_gateways_error_and_fail_alone() -> None:
+    async with case(BatchPolicy(padding=PADDING)) as c:
+        split = c.batcher._layout.split
+
+        def defect(outputs: Any, names: Any, parts: list[Any], target: Any) -> Any:
+            if any(part.rows == 3 for part in parts):
+                raise RuntimeError("defect")
+            return split(outputs, names, parts, target)
+
+        c.batcher._layout.split = defect  # type: ignore[method-assign, assignment]
+        results = await asyncio.gather(*(c.ask(rows_of(1, rows)) for rows in (1, 2, 3, 4)), return_exceptions=True)
+        assert isinstance(results[2], InternalError)
+        assert "defect" not in results[2].message
+        assert [type(r) for r in results].count(Answer) == 3
+
+
+@on_virtual_time
+async def test_a_thousand_answered_deadlines_do_not_pile_up() -> None:
+    async with case(cost=lambda rows, length: 0.001) as c:
+        for value in range(1000):
+            await c.ask(rows_of(value), deadline=c.loop.time() + 1000)
+        c.tasks.clear()
+        assert len(c.batcher._expiries) <= 70
 
 
 # ---- runs at once, fairness, draining

@@ -6,6 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from batching_fakes import RISING, RowModel, expected, profile, request, row_sig
 from inferway_gateway.core import runners as runners_module
 from inferway_gateway.core.batcher import Answer, Batcher
 from inferway_gateway.core.errors import ModelExecutionError
-from inferway_gateway.core.model_config import ModelConfig
+from inferway_gateway.core.model_config import BatchPolicy, ModelConfig, PaddingAxis
 from inferway_gateway.core.runners import Job, RunnerPool, Source, usable_cpus
 from inferway_gateway.core.stats import ModelStats
 
@@ -308,16 +309,28 @@ async def test_a_bad_row_among_real_threads_fails_alone() -> None:
 
 async def test_arrays_are_let_go_when_their_request_is_answered() -> None:
     async with RunnerPool(2) as pool:
-        batcher = Batcher(RowModel(profile=profile(RISING)), ModelConfig(), ModelStats(), pool, run_timeout_s=20)
-        model_runs = batcher._session.runs  # type: ignore[attr-defined]  # the fake's record of its inputs
+        policy = BatchPolicy(padding=(PaddingAxis({"x": 1}, {"same": 1}, max_waste=0.9),))
+        model = RowModel(row_signature(max_rows=8), profile(RISING))
+        batcher = Batcher(model, ModelConfig(batching=policy), ModelStats(), pool, run_timeout_s=20)
+        alive: list[weakref.ref[Any]] = []
 
-        async def one() -> weakref.ref[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
-            x = rows_of(1, rows=4)
-            await asyncio.gather(*(batcher.infer(request(x)) for _ in range(5)))
-            return weakref.ref(x)
+        async def one(number: int) -> None:
+            x = rows_of(number, rows=1 + number % 12, length=1 + number % 7)
+            deadline = asyncio.get_running_loop().time() + 1000
+            answer = await batcher.infer(request(x, deadline=deadline))
+            alive.extend((weakref.ref(x), *map(weakref.ref, answer.outputs)))
 
-        alive = await one()
-        model_runs.clear()
-        gc.collect()
-        assert alive() is None
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(one(number) for number in range(50)))
+            # A queue that is not empty keeps what was taken out of turn a while, without what was large about it.
+            model.gate, model.entered = threading.Event(), threading.Semaphore(0)
+            waiting = [asyncio.ensure_future(one(number)) for number in range(8)]
+            await asyncio.to_thread(model.entered.acquire)
+            model.runs.clear()
+            gc.collect()
+            assert len(alive) == 100
+            assert not any(ref() is not None for ref in alive)
+            model.gate.set()
+            await asyncio.gather(*waiting)
+        assert len(batcher._expiries) <= 100
         await batcher.close()
