@@ -279,10 +279,15 @@ class RepositoryIndexEntry(Answer):
     reason: str
 
 
-class LoadRequest(Lenient):
-    """The protocol's ``parameters`` (``config``, ``file:...``) are answered with 501, so there are none to send."""
+class LoadParameters(Lenient):
+    """``config`` is a model configuration in Triton's JSON form, in the place of the model's ``config.pbtxt``; the
+    protocol's ``file:...`` is answered with 501."""
 
-    parameters: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    config: str | None = None
+
+
+class LoadRequest(Lenient):
+    parameters: LoadParameters | None = None
 
 
 class LoadResult(Answer):

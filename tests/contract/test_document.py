@@ -34,6 +34,7 @@ PARTS = {
     "InferenceStats": ("ModelStat", "inference_stats"),
     "BatchStats": ("ModelStat", "batch_stats", "[]"),
     "MemoryUsage": ("ModelStat", "memory_usage", "[]"),
+    "LoadParameters": ("LoadRequest", "parameters"),
     "InputParameters": ("InputTensor", "parameters"),
     "OutputParameters": ("RequestedOutput", "parameters"),
     "RequestParameters": ("InferenceRequest", "parameters"),
