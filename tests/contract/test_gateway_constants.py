@@ -59,6 +59,7 @@ def test_a_constant_is_the_same(gateway: object, contract: object) -> None:
     [
         ("time of one model run", f"{FIELDS['run_timeout_s'].default:g} s"),
         ("open connections", f"{FIELDS['max_connections'].default}"),
+        ("classes that an output is told as, over all rows", f"{codec.CLASSIFICATION_LIMIT:,}"),
         ("chunks of a chunked body", f"{EDGE.chunk_count:,}"),
         ("body of a request for keys", f"{routes_keys.BODY_LIMIT_BYTES >> 10} KiB"),
     ],

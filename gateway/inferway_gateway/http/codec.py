@@ -31,6 +31,10 @@ OFF_LOOP_JSON_BYTES: Final = 128 * 1024
 OFF_LOOP_ELEMENTS: Final = 16 * 1024
 """An output of more elements that is sent as text or as strings is written on a thread."""
 
+CLASSIFICATION_LIMIT: Final = 1_000_000
+"""Classes that one output is told as. Each is a string that costs a microsecond; 32 million of them, asked for with
+120 kB of gzip, took two minutes."""
+
 _TYPECODES: Final = {
     "INT8": "b", "UINT8": "B", "INT16": "h", "UINT16": "H", "INT32": "i", "UINT32": "I", "INT64": "q", "UINT64": "Q",
     "FP32": "f", "FP64": "d",
@@ -86,7 +90,7 @@ class SignatureCodec:
         signature: the version's inputs and outputs.
     """
 
-    __slots__ = ("_head", "_outputs", "_shapes", "_takes_strings", "name", "output_names", "signature")
+    __slots__ = ("_few_parts", "_head", "_outputs", "_shapes", "_takes_strings", "name", "output_names", "signature")
 
     def __init__(self, name: str, version: str, signature: Signature) -> None:
         self.name = name
@@ -97,6 +101,7 @@ class SignatureCodec:
             s.name: (s, *_output_prefixes(s.name, s.datatype)) for s in signature.outputs
         }
         self._shapes: dict[tuple[int, ...], bytes] = {}
+        self._few_parts = 3 + 6 * len(signature.outputs)
         self._takes_strings = any(s.datatype == "BYTES" for s in signature.inputs)
 
     # ------------------------------------------------------------------ requests
@@ -323,7 +328,7 @@ class SignatureCodec:
             The parts of the body, to be sent in order, and the length of its JSON header, which is None where the
             whole body is JSON. The parts may share memory with ``outputs``.
         Raises:
-            InvalidParameterError: an FP16 or BF16 output was asked for in JSON, or more classes than there are.
+            InvalidParameterError: an FP16 or BF16 output was asked for in JSON, or too many classes.
         """
         json_parts = [self._head]
         if request.id is not None:
@@ -353,9 +358,11 @@ class SignatureCodec:
                 if len(part):
                     tail.append(part)
             else:
-                json_parts += (lead, prefix, shape_json, b',"data":', to_json(name, datatype, value), b"}")
+                json_parts += (lead, prefix, shape_json, b',"data":[', *to_json(name, datatype, value), b"]}")
             lead = b","
         json_parts.append(b"]}")
+        if len(json_parts) > self._few_parts:  # long tensors come in pieces, and joining them would copy all of it
+            return [*json_parts, *tail], sum(map(len, json_parts)) if tail else None
         head = b"".join(json_parts)
         if tail:
             return [head, *tail], len(head)
@@ -600,6 +607,8 @@ def classify(spec: TensorSpec, value: NDArray[Any], k: int, *, batched: bool) ->
         k: at most the number of classes are returned.
     Returns:
         An object array of ``str``, shape ``(rows, k)`` or ``(k,)``.
+    Raises:
+        InvalidParameterError: more than ``CLASSIFICATION_LIMIT`` strings would come of it.
     Source: Triton's classification extension; values are written as C++'s ``std::to_string`` does: integers as they
         are, the others with six decimals.
     """
@@ -607,6 +616,11 @@ def classify(spec: TensorSpec, value: NDArray[Any], k: int, *, batched: bool) ->
     count = numbers.shape[0] if batched and numbers.ndim else 1
     rows = numbers.reshape(count, _product(numbers.shape) // count if count else _product(numbers.shape[1:]))
     k = min(k, rows.shape[1])
+    if count * k > CLASSIFICATION_LIMIT:
+        raise InvalidParameterError(
+            f"'classification' of output '{spec.name}' expects to give at most {CLASSIFICATION_LIMIT} classes, "
+            f"got {k} for each of {count} rows"
+        )
     whole = rows.dtype.kind in "iu"
     # Best first and the earlier of equals first; inverting turns integers of any sign round without loss.
     best = np.argsort(np.invert(rows) if whole else -rows, axis=1, kind="stable")[:, :k]
@@ -642,9 +656,11 @@ def to_binary(datatype: str, value: NDArray[Any]) -> bytes | memoryview:
     return value.reshape(-1).view(np.uint8).data
 
 
-def to_json(name: str, datatype: str, value: NDArray[Any]) -> bytes:
-    """The elements of a tensor as one flat JSON array; NaN and infinities as the tokens NaN, Infinity, -Infinity.
+def to_json(name: str, datatype: str, value: NDArray[Any]) -> list[bytes]:
+    """The elements of a tensor as JSON with commas between them; NaN and infinities as NaN, Infinity, -Infinity.
 
+    Returns:
+        The text, in pieces where it is long.
     Raises:
         InvalidParameterError: the datatype has no JSON form.
     """
@@ -653,15 +669,15 @@ def to_json(name: str, datatype: str, value: NDArray[Any]) -> bytes:
             f"sending {datatype} data via JSON is not supported, ask for output '{name}' as binary data"
         )
     if datatype == "BYTES":
-        return orjson.dumps(value.ravel().tolist())
-    if value.size == 0:
-        return b"[]"
+        return [orjson.dumps(value.ravel().tolist())[1:-1]]
     flat = np.ascontiguousarray(value).reshape(-1)
     write = _floats_to_text if datatype in _FLOATS else _to_text
     if flat.size <= _TEXT_ELEMENTS:
-        return b"[%s]" % write(flat)
-    texts = [write(flat[i : i + _TEXT_ELEMENTS]) for i in range(0, flat.size, _TEXT_ELEMENTS)]
-    return b"[%s]" % b",".join(texts)
+        return [write(flat)]
+    texts: list[bytes] = []
+    for i in range(0, flat.size, _TEXT_ELEMENTS):
+        texts += (b",", write(flat[i : i + _TEXT_ELEMENTS]))
+    return texts[1:]
 
 
 def _to_text(flat: NDArray[Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 import orjson
@@ -16,7 +17,7 @@ from ..core.stats import Duration, ModelStats
 from ..core.tensors import TensorSpec
 from ..store.repository import describe_config
 from .bodies import inflate, read_body
-from .codec import load_json
+from .codec import OFF_LOOP_JSON_BYTES, load_json
 from .problems import NotReadyError
 
 EXTENSIONS: Final = (
@@ -206,7 +207,10 @@ async def _json_object(request: Request) -> dict[str, Any]:
         body = await inflate(body, encoding.encode("latin-1"), settings.json_limit_bytes)
     if not len(body):
         return {}
-    value = load_json(body, settings.json_limit_bytes)
+    if len(body) > OFF_LOOP_JSON_BYTES:
+        value = await asyncio.to_thread(load_json, body, settings.json_limit_bytes)
+    else:
+        value = load_json(body, settings.json_limit_bytes)
     if type(value) is not dict:
         raise MalformedRequestError("expected a JSON object or an empty body")
     return value

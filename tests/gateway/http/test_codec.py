@@ -21,6 +21,7 @@ from inferway_gateway.core.errors import GatewayError, InvalidParameterError, In
 from inferway_gateway.core.errors import MalformedRequestError as Malformed
 from inferway_gateway.core.tensors import DTYPES, Signature, TensorSpec
 from inferway_gateway.http.codec import (
+    CLASSIFICATION_LIMIT,
     JSON_STRUCTURE_LIMIT,
     OFF_LOOP_ELEMENTS,
     OFF_LOOP_JSON_BYTES,
@@ -144,14 +145,30 @@ def test_nan_and_infinities_survive_json_as_tokens() -> None:
 def test_a_large_tensor_is_one_json_array_whatever_is_in_it(odd: Sequence[int]) -> None:
     value = np.arange(200_000, dtype=np.float32)
     value[list(odd)] = np.resize(np.array([np.nan, np.inf, -np.inf], np.float32), len(odd))
-    text = to_json("y", "FP32", value)
+    text = b"[" + b"".join(to_json("y", "FP32", value)) + b"]"
     np.testing.assert_array_equal(np.array(json.loads(text), np.float32), value)
     assert b"null" not in text
     whole = np.arange(200_000)
-    assert (
-        json.loads(to_json("y", "INT64", whole.reshape(2, -1)[:, ::-1]))
-        == whole.reshape(2, -1)[:, ::-1].ravel().tolist()
-    )
+    backwards = whole.reshape(2, -1)[:, ::-1]
+    text = b"[" + b"".join(to_json("y", "INT64", backwards)) + b"]"
+    assert json.loads(text) == backwards.ravel().tolist()
+
+
+def test_a_long_answer_comes_in_pieces_with_the_length_of_its_header() -> None:
+    signature = Signature((), tuple(TensorSpec(n, "FP32", (-1,)) for n in "abc"))
+    c = SignatureCodec("m", "1", signature)
+    long, short = np.arange(200_000, dtype=np.float32), np.ones(3, np.float32)
+    request = DecodedRequest({}, ("a", "b", "c"), None, "7", 0, None, 0)
+    parts, length = c.encode(request, [short, long, short])
+    assert length is None
+    assert max(map(len, parts)) < 1 << 20
+    assert [o["data"] for o in json.loads(b"".join(parts))["outputs"]] == [v.tolist() for v in (short, long, short)]
+    forms = (OutputForm(True), OutputForm(False), OutputForm(True))
+    parts, length = c.encode(replace(request, forms=forms), [short, long, short])
+    whole = b"".join(parts)
+    assert length is not None
+    assert json.loads(whole[:length])["outputs"][1]["data"] == long.tolist()
+    assert whole[length:] == short.tobytes() * 2
 
 
 def test_what_takes_long_is_known_before_it_is_done() -> None:
@@ -335,6 +352,13 @@ def test_classification_has_a_shape_for_every_output(
     shape: tuple[int, ...], batched: bool, expected: tuple[int, ...]
 ) -> None:
     assert classify(TensorSpec("y", "FP16", shape), np.ones(shape, np.float16), 2, batched=batched).shape == expected
+
+
+def test_classification_into_ever_so_many_classes_is_refused() -> None:
+    value = np.zeros((CLASSIFICATION_LIMIT // 2 + 1, 2), np.int8)
+    assert classify(TensorSpec("y", "INT8", (-1, 2)), value[:5], 2, batched=True).shape == (5, 2)
+    with pytest.raises(InvalidParameterError, match="got 2 for each of"):
+        classify(TensorSpec("y", "INT8", (-1, 2)), value, 2, batched=True)
 
 
 def test_classification_ranks_what_is_no_number_last() -> None:
