@@ -47,8 +47,8 @@ _NO_JSON_FORM: Final = frozenset({"FP16", "BF16"})
 _EMPTY: Final[dict[str, Any]] = {}
 _INT64_MAX: Final = 2**63 - 1
 _UINT64_MAX: Final = 2**64 - 1
-_TEXT_ELEMENTS: Final = 1 << 16
-"""Elements that are turned into JSON at a time: orjson lets no other thread run meanwhile."""
+_PIECE_ELEMENTS: Final = 1 << 16
+"""Elements that one call of orjson or numpy turns into text or strings: it lets no other thread run meanwhile."""
 
 
 @dataclass(slots=True)
@@ -553,25 +553,25 @@ def _strings(name: str, count: int, data: memoryview) -> NDArray[Any]:
             f"input '{name}' expects {count} strings, got {total} bytes, too few for their lengths"
         )
     raw = data.tobytes()
-    items: list[str] = []
+    value = np.empty(count, dtype=object)
     position = 0
     unpack = _FRAME.unpack_from
-    for _ in range(count):
-        if position + 4 > total:
-            raise InvalidTensorError(f"input '{name}' expects {count} strings, got {len(items)} in {total} bytes")
-        (length,) = unpack(raw, position)
-        position += 4
-        if length > total - position:
-            raise InvalidTensorError(
-                f"input '{name}' has a string of {length} bytes at element {len(items)}, "
-                f"with {total - position} bytes left"
-            )
-        items.append(_text(name, raw[position : position + length]))
-        position += length
+    for start in range(0, count, _PIECE_ELEMENTS):
+        items: list[str] = []
+        for i in range(start, min(start + _PIECE_ELEMENTS, count)):
+            if position + 4 > total:
+                raise InvalidTensorError(f"input '{name}' expects {count} strings, got {i} in {total} bytes")
+            (length,) = unpack(raw, position)
+            position += 4
+            if length > total - position:
+                raise InvalidTensorError(
+                    f"input '{name}' has a string of {length} bytes at element {i}, with {total - position} bytes left"
+                )
+            items.append(_text(name, raw[position : position + length]))
+            position += length
+        value[start : start + len(items)] = items
     if position != total:
         raise InvalidTensorError(f"input '{name}' expects {count} strings in {position} bytes, got {total} bytes")
-    value = np.empty(count, dtype=object)
-    value[:] = items
     return value
 
 
@@ -644,10 +644,12 @@ def to_binary(datatype: str, value: NDArray[Any]) -> bytes | memoryview:
     if datatype == "BYTES":
         framed = bytearray()
         pack = _FRAME.pack
-        for item in value.ravel().tolist():
-            raw = item.encode() if isinstance(item, str) else item
-            framed += pack(len(raw))
-            framed += raw
+        strings = value.ravel()
+        for start in range(0, strings.size, _PIECE_ELEMENTS):
+            for item in strings[start : start + _PIECE_ELEMENTS].tolist():
+                raw = item.encode() if isinstance(item, str) else item
+                framed += pack(len(raw))
+                framed += raw
         return memoryview(framed)
     if not value.size:
         return b""
@@ -668,21 +670,23 @@ def to_json(name: str, datatype: str, value: NDArray[Any]) -> list[bytes]:
         raise InvalidParameterError(
             f"sending {datatype} data via JSON is not supported, ask for output '{name}' as binary data"
         )
-    if datatype == "BYTES":
-        return [orjson.dumps(value.ravel().tolist())[1:-1]]
     flat = np.ascontiguousarray(value).reshape(-1)
-    write = _floats_to_text if datatype in _FLOATS else _to_text
-    if flat.size <= _TEXT_ELEMENTS:
+    write = _strings_to_text if datatype == "BYTES" else _floats_to_text if datatype in _FLOATS else _to_text
+    if flat.size <= _PIECE_ELEMENTS:
         return [write(flat)]
     texts: list[bytes] = []
-    for i in range(0, flat.size, _TEXT_ELEMENTS):
-        texts += (b",", write(flat[i : i + _TEXT_ELEMENTS]))
+    for i in range(0, flat.size, _PIECE_ELEMENTS):
+        texts += (b",", write(flat[i : i + _PIECE_ELEMENTS]))
     return texts[1:]
 
 
 def _to_text(flat: NDArray[Any]) -> bytes:
     """The elements with commas between them; what is not finite is ``null``."""
     return orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+
+
+def _strings_to_text(flat: NDArray[Any]) -> bytes:
+    return orjson.dumps(flat.tolist())[1:-1]
 
 
 def _floats_to_text(flat: NDArray[Any]) -> bytes:

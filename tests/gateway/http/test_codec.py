@@ -130,6 +130,20 @@ def test_strings_survive_json_and_binary_with_embedded_nuls(texts: list[str]) ->
     assert answer(c, by_json, by_json.inputs["x"])[0]["outputs"][0]["data"] == texts
 
 
+def test_many_strings_survive_json_and_binary() -> None:
+    texts = [str(i) for i in range(150_000)]
+    c = codec("BYTES", (-1,), batched=False)
+    framed = b"".join(struct.pack("<I", len(t)) + t.encode() for t in texts)
+    for output_in_binary in (True, False):
+        parameters = {"binary_data_output": output_in_binary}
+        request = c.decode(*binary("BYTES", [len(texts)], framed, parameters=parameters), LIMIT)
+        assert request.inputs["x"].tolist() == texts
+        head, rest = answer(c, request, request.inputs["x"])
+        assert (rest == framed) if output_in_binary else (head["outputs"][0]["data"] == texts)
+    with pytest.raises(InvalidTensorError, match="at element 149999, with 5 bytes left"):
+        c.decode(*binary("BYTES", [len(texts)], framed[:-1]), LIMIT)
+
+
 def test_nan_and_infinities_survive_json_as_tokens() -> None:
     c = codec("FP32", (-1,), batched=False)
     sent = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[5],"data":[NaN,Infinity,-Infinity,1.5,-0.0]}]}'
