@@ -153,6 +153,8 @@ class VirtualRunners(RunnerPool):
     def __init__(self, threads: int, cost: Callable[[int, int], float], **options: Any) -> None:
         super().__init__(threads, clock=asyncio.get_running_loop().time, **options)
         self._cost = cost
+        self.hop_s = 0.0
+        """What it takes a job to get to its thread."""
         self.timeline: list[tuple[float, float, int]] = []
         """Begin, end, rows of each run."""
 
@@ -160,7 +162,7 @@ class VirtualRunners(RunnerPool):
         self._begin(job)
 
     def _begin(self, job: Job) -> None:
-        asyncio.get_running_loop().call_soon(self._execute, job)
+        asyncio.get_running_loop().call_later(self.hop_s, self._execute, job)
 
     def _execute(self, job: Job) -> None:
         assert isinstance(job, BatchRun)

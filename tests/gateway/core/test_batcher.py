@@ -464,6 +464,24 @@ async def test_a_caller_that_went_away_is_dropped_before_the_run() -> None:
 
 
 @on_virtual_time
+async def test_a_caller_that_went_away_after_its_batch_was_formed_is_dropped_too() -> None:
+    for leaving in (1, 2):
+        async with case() as c:
+            c.runners.hop_s = 0.5
+            tasks = [c.ask(rows_of(value)) for value in (1, 2)]
+            await c.turn()
+            assert c.stats.running == 1
+            assert c.runs == [], "handed over, and not begun"
+            for task in tasks[:leaving]:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(2)
+            assert c.runs == [1] * (2 - leaving)
+            assert c.stats.dropped_cancelled == leaving
+            assert c.stats.execution_count == 2 - leaving
+
+
+@on_virtual_time
 async def test_a_run_whose_callers_all_went_away_is_ended() -> None:
     async with case(cost=lambda rows, length: 1000.0) as c:
         tasks = [c.ask(rows_of(value)) for value in (1, 2)]
@@ -490,6 +508,7 @@ async def test_one_bad_row_costs_its_neighbours_time_and_nothing_else() -> None:
             answer = results[i]
             assert isinstance(answer, Answer)
             assert answer.outputs[0].tolist() == same(values[i])
+            assert answer.queue_s == pytest.approx(0.0), "waiting ends when the first run begins"
         assert c.runs[0] == 8
         assert len(c.runs) <= 1 + 2 * 3
         assert c.stats.execution_count == len(c.runs)
