@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -53,7 +56,7 @@ def test_a_broken_model_harms_no_other_and_says_what_is_wrong(tmp_path: Path) ->
             assert (status, answer["code"]) == (503, "model_not_ready")
             assert gateway.call("GET", f"/v2/models/{name}/ready")[0] == 503
         status, answer, _ = gateway.call("GET", "/v2/health/ready", key=None)
-        assert (status, answer) == (503, {"live": True, "ready": False})
+        assert (status, answer["code"], answer["live"], answer["ready"]) == (503, "model_not_ready", True, False)
         assert gateway.call("GET", "/v2/health/live", key=None)[0] == 200
 
 
@@ -121,6 +124,33 @@ def test_an_operator_loads_reloads_and_unloads(tmp_path: Path) -> None:
         assert infer(gateway, "b")[0] == 503
         assert gateway.call("POST", "/v2/repository/models/nobody/load", b"")[0] == 400
         assert gateway.call("POST", "/v2/repository/models/nobody/unload", b"")[0] == 404
+
+
+def test_a_request_whose_body_arrives_across_a_reload_is_answered_by_the_new_one(tmp_path: Path) -> None:
+    repository = models.write_repository(tmp_path / "models", {"a": models.identity("FP32")})
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, 100_000], "parameters": {"binary_data_size": 400_000}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    body = head + bytes(400_000)
+    with run_gateway(repository, tmp_path / "state", "--model-control", "explicit", "--load-model", "a") as gateway:
+        for action in ("load", "unload"):
+            connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
+            with contextlib.closing(connection):
+                connection.putrequest("POST", "/v2/models/a/infer")
+                connection.putheader("Authorization", f"Bearer {gateway.admin_key}")
+                connection.putheader("Content-Length", str(len(body)))
+                connection.putheader("Inference-Header-Content-Length", str(len(head)))
+                connection.endheaders()
+                connection.send(body[:300_000])  # the route has chosen a version by now
+                (repository / "a" / "1" / "model.onnx").write_bytes(models.identity("FP32"))
+                assert gateway.call("POST", f"/v2/repository/models/a/{action}", b"")[0] == 200
+                connection.send(body[300_000:])
+                response = connection.getresponse()
+                answer = json.loads(response.read())
+            if action == "load":
+                assert response.status == 200, answer
+            else:
+                assert (response.status, answer["code"]) == (503, "model_not_ready")
+                assert "unloaded" in answer["error"]
 
 
 def test_a_load_may_bring_its_configuration(tmp_path: Path) -> None:
