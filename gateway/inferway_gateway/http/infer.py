@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, Final
+from typing import Final
 
 from starlette.types import Receive, Scope, Send
 
@@ -21,10 +21,11 @@ from ..core.errors import (
     InvalidParameterError,
     MalformedRequestError,
     ModelNotFoundError,
+    ShuttingDownError,
 )
 from ..core.keys import Principal
 from ..core.registry import ServedVersion
-from .bodies import accepted_encoding, deflate, inflate, read_body
+from .bodies import Body, accepted_encoding, deflate, inflate, read_body
 from .codec import SignatureCodec
 from .routing import header_fields
 
@@ -56,25 +57,35 @@ async def infer(
         raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
     served: ServedVersion = state["registry"].get(name, version)
     try:
-        return await _infer(scope, receive, send, state["settings"], served, started)
+        return await _infer(scope, receive, send, served, version, started)
     except GatewayError as error:
         served.stats.finished(perf_counter() - started, error.code)
         raise
 
 
 async def _infer(
-    scope: Scope, receive: Receive, send: Send, settings: Any, served: ServedVersion, started: float
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    served: ServedVersion,
+    version: int | None,
+    started: float,
+    arrived: tuple[Body, float] | None = None,
 ) -> int:
     headers = header_fields(scope)
-    length = headers.get(b"content-length")
+    settings = scope["state"]["settings"]
     head = headers.get(b"inference-header-content-length")
     header_length = None if head is None else _header_length(head)
-    limit = settings.body_limit_bytes
-    body = await read_body(receive, None if length is None else int(length), limit, header_length or 0)
-    received = perf_counter()
-    encoding = headers.get(b"content-encoding")
-    if encoding is not None:
-        body = await inflate(body, encoding, limit)
+    if arrived is None:
+        length = headers.get(b"content-length")
+        limit = settings.body_limit_bytes
+        body = await read_body(receive, None if length is None else int(length), limit, header_length or 0)
+        received = perf_counter()
+        encoding = headers.get(b"content-encoding")
+        if encoding is not None:
+            body = await inflate(body, encoding, limit)
+    else:
+        body, received = arrived
     codec: SignatureCodec | None = served.wire
     if codec is None:
         codec = served.wire = SignatureCodec(served.name, str(served.version), served.session.signature)
@@ -96,9 +107,17 @@ async def _infer(
     )
     parsed = perf_counter()
     batcher = served.batcher
-    answer = batcher.run_inline(request)
-    if answer is None:
-        answer = await _queued(scope, receive, batcher, request)
+    try:
+        answer = batcher.run_inline(request)
+        if answer is None:
+            answer = await _queued(scope, receive, batcher, request)
+    except ShuttingDownError:
+        # A reload retired this version while the body arrived or was read, and its successor is in place already. A
+        # model that is gone for good is told of in the registry's words.
+        successor = scope["state"]["registry"].get(served.name, version)
+        if successor is served:
+            raise
+        return await _infer(scope, receive, send, successor, version, started, (body, received))
     ran = perf_counter()
     if codec.encodes_long(decoded, answer.outputs):
         parts, json_length = await asyncio.to_thread(codec.encode, decoded, answer.outputs)
