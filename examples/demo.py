@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from inferway import APITimeoutError, Inferway
+from inferway import Inferway
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 MADE_MODELS: Final = Path(os.environ.get("INFERWAY_MODELS_DIR", ROOT / ".cache" / "inferway-models"))
@@ -111,55 +111,44 @@ def make_digits() -> None:
     print(f"  digits   images of 8 x 8 pixels to digits              {done}", flush=True)
 
 
-def free_port(wanted: int) -> int:
-    """``wanted`` where nobody listens on it, else a free one."""
-    for port in (wanted, 0):
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            free: int = listener.getsockname()[1]
-            return free
-    sys.exit("no free port")
-
-
-def wait_until_ready(client: Inferway, process: subprocess.Popen[bytes], log_file: Path) -> None:
-    """Come back when the gateway takes requests; when it ends instead, or takes too long, show its log and end."""
-    deadline = time.monotonic() + START_TIMEOUT_S
+def address(process: subprocess.Popen[bytes], log_file: Path) -> str | None:
+    """Where the gateway listens, as it says in its log. None when it ends instead."""
     while True:
-        try:
-            return client.health.wait_until_ready(timeout=1)
-        except APITimeoutError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"{log_file.read_text()}\nthe gateway did not start; its log is above")
+        ended = process.poll() is not None
+        if found := re.search(r"Inferway listens on (\S+)\n", log_file.read_text()):
+            return found[1]
+        if ended:
+            return None
+        time.sleep(0.02)
 
 
 @contextmanager
-def gateway(state: Path, port: int, key: str) -> Iterator[str]:
-    """A gateway on loopback that serves the repository; gives its URL once it is ready."""
-    url = f"http://127.0.0.1:{port}"
-    command = ["-m", "inferway_gateway", "serve", REPOSITORY, "--port", port, "--state-dir", state]
+def gateway(state: Path, key: str) -> Iterator[Inferway]:
+    """A client of a new gateway on loopback that serves the repository. Port 8080, or another where that is taken."""
     log_file = state / "gateway.log"
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl+C is for this script, which then ends the gateway in order
-        )
-    try:
-        with Inferway(url, api_key=key) as client:
-            wait_until_ready(client, process, log_file)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
+    for port in (8080, 0):
+        command = ["-m", "inferway_gateway", "serve", REPOSITORY, "--port", port, "--state-dir", state]
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl+C is for this script, which then ends the gateway in order
+            )
         try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            if url := address(process, log_file):
+                with Inferway(url, api_key=key) as client:
+                    client.health.wait_until_ready(timeout=START_TIMEOUT_S)
+                    yield client
+                    return
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    sys.exit(f"{log_file.read_text()}\nthe gateway did not start; its log is above")
 
 
 def show_sentences(client: Inferway) -> None:
@@ -221,21 +210,23 @@ def main() -> int:
         create = ("keys", "create", "--name", "demo", "--scopes", "admin", "--quiet")
         key = sh("-m", "inferway_gateway", *create, "--state-dir", state).strip()
         booted = time.perf_counter()
-        with gateway(state, free_port(8080), key) as url, Inferway(base_url=url, api_key=key) as client:
+        with gateway(state, key) as client:
             names = ", ".join(client.models.list())
-            print(f"  {url} serves {names}; started in {time.perf_counter() - booted:.1f} s", flush=True)
+            print(f"  {client.base_url} serves {names}; started in {time.perf_counter() - booted:.1f} s", flush=True)
             show_sentences(client)
             show_digits(client)
             if args.serve:
                 with suppress(KeyboardInterrupt):
-                    heading(f"Running until Ctrl+C. In another terminal:\n{HOW_TO_CALL.format(url=url, key=key)}")
+                    heading(HOW_TO_CALL.format(url=client.base_url, key=key))
                     signal.pause()
             else:
                 print(f"\nDone in {time.perf_counter() - started:.1f} s. Next:\n{NEXT}", flush=True)
     return 0
 
 
-HOW_TO_CALL: Final = """
+HOW_TO_CALL: Final = """\
+Running until Ctrl+C. In another terminal:
+
   export INFERWAY_BASE_URL={url}
   export INFERWAY_API_KEY={key}
 
