@@ -59,6 +59,9 @@ _BATCH_S: Final = 0.5
 """About how long the largest batch may take where no configuration bounds it: others wait for it, and a run can only
 be ended between two nodes."""
 _UNMEASURED_ROWS: Final = 256
+_MAX_DERIVED_ROWS: Final = 1 << 20
+"""The most rows that a run is given where neither a configuration nor its time bounds it. A long vector through a model
+whose rows are single numbers would else be cut into thousands of runs, each of which costs more than its rows."""
 
 _prepare_lock = threading.Lock()
 _prepared = False
@@ -465,7 +468,7 @@ def _rows_within(cost: Sequence[CostPoint], limit_s: float) -> int:
         return _UNMEASURED_ROWS
     row_s = cost[-1].seconds / cost[-1].rows
     rows = 1
-    while rows < MAX_COST_ROWS and 2 * rows * row_s <= limit_s:
+    while rows < _MAX_DERIVED_ROWS and 2 * rows * row_s <= limit_s:
         rows *= 2
     return rows
 
