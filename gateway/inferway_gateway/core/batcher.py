@@ -170,7 +170,8 @@ class Batcher:
         self._may_cut = signature.batched and (self.batching or profile.row_exactness in ("exact", "padded"))
         self._layout = Layout(signature, policy, pad_lone_rows=self._pad_lone)
         stretched = self.batching and self._layout.free
-        self.row_exact: Final = (profile.row_exactness == "exact" or self._pad_lone) and not stretched
+        alike = profile.row_exactness in ("exact", "unbatched") or self._pad_lone
+        self.row_exact: Final = alike and not stretched
         """Whether a row's result has the same bits whatever ran with it; padding to a mate's length may change them."""
         self.costs: Final = CostModel(
             profile.cost,

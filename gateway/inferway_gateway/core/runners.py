@@ -11,6 +11,12 @@ more time than one of short ones. A source that had nothing to do for a while sa
 taken off its thread; where runs last longer than ``slow_after_s``, as many further threads, within a bound, run the
 batches of the other models.
 
+Measured with runs of 5 ms on two shared cores (Python 3.11, uvloop): from the end of a run to the beginning of the next
+on the same thread 35 to 110 µs pass, learning and stacking included. Before that a run that has ended must get the
+interpreter's lock back. A loop that decodes without a pause keeps it for the switch interval, which at Python's 5 ms
+made that wait 0.5 to 0.6 ms in the median, and at 0.2 ms 0.16 to 0.37 ms, without the loop getting less done. The
+interval belongs to the process, so it is not set here.
+
 Everything named "lock held" is called by whoever holds ``lock``, on any thread; it is brief and never blocks.
 """
 

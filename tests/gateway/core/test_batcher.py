@@ -228,6 +228,7 @@ async def test_a_model_without_a_batch_axis_runs_each_request_as_it_is() -> None
         requests = [InferenceRequest({"x": rows_of(i, i, 2)}, ("same",), 1, 8) for i in (1, 2, 3)]
         answers = await asyncio.gather(*(c.batcher.infer(r) for r in requests))
         assert c.runs == [1, 2, 3]
+        assert c.batcher.row_exact
         assert [len(a.outputs[0]) for a in answers] == [1, 2, 3]
 
 
