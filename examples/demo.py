@@ -115,7 +115,7 @@ def address(process: subprocess.Popen[bytes], log_file: Path) -> str | None:
     """Where the gateway listens, as it says in its log. None when it ends instead."""
     while True:
         ended = process.poll() is not None
-        if found := re.search(r"Inferway listens on (\S+)\n", log_file.read_text()):
+        if found := re.search(r"Inferway listens on ([^\s\"]+)[\s\"]", log_file.read_text()):
             return found[1]
         if ended:
             return None
