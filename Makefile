@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 
 # The first of these that is there and new enough; `make PYTHON=/path/to/python3.12 demo` takes another one.
 PYTHON := $(shell for python in python3.11 python3 python3.12 python3.13; do \
