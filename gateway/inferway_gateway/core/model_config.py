@@ -78,8 +78,8 @@ class BatchPolicy:
         default_priority: for a request that names none.
         queue: the policy of levels that ``queue_by_priority`` does not name.
         preserve_order: answers leave in the order of arrival, each priority level for itself.
-        row_exact: run a lone row with a copy of itself where the model needs company for the same bits; False saves the
-            second row's time and gives the promise up.
+        row_exact: run a lone row with a copy of itself where the model needs company for the same bits. None: where the
+            copy costs little; False saves its time and gives the promise up.
         padding: axes that may be padded.
     """
 
@@ -93,7 +93,7 @@ class BatchPolicy:
     queue: QueuePolicy = field(default_factory=QueuePolicy)
     queue_by_priority: dict[int, QueuePolicy] = field(default_factory=dict)
     preserve_order: bool = False
-    row_exact: bool = True
+    row_exact: bool | None = None
     padding: tuple[PaddingAxis, ...] = ()
 
 

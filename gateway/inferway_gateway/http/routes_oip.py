@@ -75,7 +75,7 @@ async def model_metadata(request: Request) -> Response:
             "inputs": [_tensor(s) for s in signature.inputs],
             "outputs": [_tensor(s) for s in signature.outputs],
             "properties": {
-                "row_exact": "true" if profile.row_exactness in ("exact", "padded", "unbatched") else "false",
+                "row_exact": "true" if served.batcher.row_exact else "false",
                 "row_exactness": profile.row_exactness,
                 "batching": "true" if profile.batchable else "false",
                 "max_batch_size": str(signature.max_rows),

@@ -56,7 +56,8 @@ class BatchingOptions(_Strict):
     Attributes:
         enabled: true vouches for rows that depend on their mates, such as a dynamically quantised model's; false
             never puts requests together; not said leaves it to what the load-time probe finds.
-        row_exact: false runs a lone row without the copy of itself that gives it the same bits as in company.
+        row_exact: true runs a lone row with a copy of itself where the model needs company for the same bits, false
+            never does; not said does it where the copy costs little.
         max_queue_rows, max_queue_bytes: how much may wait before requests are refused.
     """
 

@@ -253,6 +253,15 @@ async def test_a_lone_row_is_padded_where_its_bits_need_company() -> None:
         assert answer.batch_rows == 1
         assert c.batcher.row_exact
         assert c.stats.inference_count == 1
+    for curve in (FLAT, FALLING):  # company would cost as much again
+        async with case(model=RowModel(profile=profile(curve, exactness="padded"))) as c:
+            await c.ask(rows_of(5))
+            assert c.runs == [1]
+            assert not c.batcher.row_exact
+        async with case(BatchPolicy(row_exact=True), RowModel(profile=profile(curve, exactness="padded"))) as c:
+            await c.ask(rows_of(5))
+            assert c.runs == [2]
+            assert c.batcher.row_exact
     async with case(BatchPolicy(row_exact=False), RowModel(profile=profile(RISING, exactness="padded"))) as c:
         await c.ask(rows_of(5))
         assert c.runs == [1]

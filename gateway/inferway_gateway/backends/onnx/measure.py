@@ -242,7 +242,7 @@ def _compare(alone: dict[int, Results], batches: Sequence[tuple[Sequence[int], R
     worst, row = max(gaps)
     if worst > _NEAR:
         return "inexact", f"a row alone differs from itself in a batch ({_difference(alone[row], together[row])})"
-    return "padded", f"a row alone differs by {worst:.1g} from itself in a batch, so it runs with a copy of itself"
+    return "padded", f"a row alone differs by {worst:.1g} of the largest value from itself in a batch"
 
 
 def _all_same(first: Results, second: Results) -> bool:
