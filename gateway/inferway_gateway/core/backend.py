@@ -15,8 +15,8 @@ from .tensors import Arrays, Signature
 RowExactness = Literal["exact", "padded", "inexact", "unbatched"]
 """How a row's result depends on the rows that run with it.
 
-exact: bit-equal alone and in any batch. padded: bit-equal in every batch of two and more, so a lone row needs a
-copy of itself beside it. inexact: it depends on its mates (dynamic quantisation does that). unbatched: there is no batch axis.
+exact: bit-equal alone and in any batch. padded: bit-equal in every batch of two and more, so a lone row needs a copy of
+itself beside it. inexact: it depends on its mates (dynamic quantisation does that). unbatched: there is no batch axis.
 """
 
 

@@ -60,9 +60,9 @@ RETRY_AFTER_BOUNDS_S: Final = (0.05, 30.0)
 
 
 COMPANY_COST: Final = 1.25
-"""A lone row is given a copy of itself, for bits that no company changes, where two rows cost at most so many times one:
-for small models, not for those that compute, whose single requests would take up to twice as long for a difference in
-the seventh digit. Nothing is to be slower than unbatched unless its operator asks for that."""
+"""A lone row is given a copy of itself, for bits that no company changes, where two rows cost at most so many times
+one: for small models, not for those that compute, whose single requests would take up to twice as long for a difference
+in the seventh digit. Nothing is to be slower than unbatched unless its operator asks for that."""
 
 
 @dataclass(slots=True)
