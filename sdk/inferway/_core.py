@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
+from inspect import isawaitable
 from typing import Any, Final, Generic, NoReturn, TypeAlias, TypeVar, cast
 from urllib.parse import quote
 
@@ -31,6 +32,7 @@ from ._errors import (
 )
 from ._options import (
     NO_RETRY,
+    NOT_GIVEN,
     OPTION_NAMES,
     Clock,
     RequestEvent,
@@ -122,6 +124,7 @@ class Reply:
         self.raw_headers = raw_headers
         self.body = body
         self._index = {name.lower(): value for name, value in raw_headers}
+        self.sent_id = None
 
     def header(self, name: bytes) -> bytes | None:
         """The last header of that name, which is given in lower case."""
@@ -304,15 +307,15 @@ class Plan:
         """Seconds until the call's time is over, None without a limit; may be negative."""
         return None if self.deadline is None else self.deadline - self.clock.monotonic()
 
-    def headers(self, left: float | None, key: object = None) -> HeaderList:
-        """The headers of the attempt that `attempt` counts; ``key`` is a callable key's answer."""
+    def headers(self, left: float | None, key: object = NOT_GIVEN) -> HeaderList:
+        """The headers of the attempt that `attempt` counts; ``key`` is what a function gave as the key."""
         headers = self._fixed.copy()
         if self.attempt > 1:
             headers.append(("Inferway-Attempt", str(self.attempt)))
         if left is not None:
             granted = min(names.MAX_TIMEOUT_MS, max(1, math.ceil(left * 1000)))
             headers.append(("Inferway-Timeout-Ms", str(granted)))
-        if key is not None:
+        if key is not NOT_GIVEN:
             pair = authorization(key)
             if not any(name.lower() == "authorization" for name, _ in headers):
                 headers.append(pair)
@@ -515,3 +518,12 @@ def json_call(
     content = json.dumps(body, separators=(",", ":")).encode()
     headers = (("Content-Type", "application/json"), ("Content-Length", str(len(content))))
     return Call(method, path, read, content, headers, repeatable, statuses)
+
+
+def refuse_awaitable(value: object, hook: str) -> None:
+    """Hooks of a synchronous client cannot be awaited."""
+    if isawaitable(value):
+        close = getattr(value, "close", None)
+        if close is not None:
+            close()
+        raise TypeError(f"{hook} of a synchronous client must not be a coroutine function")

@@ -11,9 +11,9 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from ._budget import RetryBudget
-from ._core import Call, Config, HeaderList, Plan, Reply, overridden
+from ._core import Call, Config, HeaderList, Plan, Reply, overridden, refuse_awaitable
 from ._errors import APIError
-from ._options import RequestEvent, RequestOptions, Timeout
+from ._options import NOT_GIVEN, RequestEvent, RequestOptions, Timeout
 from ._signature import ModelMetadata
 from ._transport import SyncSender, forget_at_fork, timed_out
 
@@ -109,8 +109,10 @@ class SyncEngine(_Engine):
             if plan.retry.attempts == 1:
                 raise
             # Imported when first needed: tenacity takes as long to import as a few hundred calls take to make.
-            from ._retry import retried
+            from ._retry import may_retry, retried
 
+            if not may_retry(error, plan):
+                raise
             _log_retry(error, plan)
             reply = retried(error, plan, self.budget, lambda: self._attempt(plan))
         if self.record is not None:
@@ -123,7 +125,7 @@ class SyncEngine(_Engine):
         if left is not None and left <= 0:
             raise _expired(plan)
         api_key = plan.config.api_key
-        headers = plan.headers(left, api_key() if callable(api_key) else None)
+        headers = plan.headers(left, api_key() if callable(api_key) else NOT_GIVEN)
         try:
             if self._watched or _debugging():
                 return plan.accept(self._observed(plan, headers, left))
@@ -137,7 +139,7 @@ class SyncEngine(_Engine):
         event = plan.event(headers, _length(plan), left)
         if config.on_request is not None:
             more = config.on_request(event)
-            _refuse_awaitable(more, "on_request")
+            refuse_awaitable(more, "on_request")
             headers = overridden(headers, cast(Any, more))
         logger.debug("%s %s attempt %d, headers %s", event.method, event.url, event.attempt, event.headers)
         begun = config.clock.monotonic()
@@ -145,7 +147,7 @@ class SyncEngine(_Engine):
         _log_answer(event, reply)
         if config.on_response is not None:
             done = config.on_response(plan.answered(event, reply, config.clock.monotonic() - begun))
-            _refuse_awaitable(done, "on_response")
+            refuse_awaitable(done, "on_response")
         return reply
 
 
@@ -181,8 +183,10 @@ class AsyncEngine(_Engine):
             if plan.retry.attempts == 1:
                 raise
             # Imported when first needed: tenacity takes as long to import as a few hundred calls take to make.
-            from ._retry import retried_async
+            from ._retry import may_retry, retried_async
 
+            if not may_retry(error, plan):
+                raise
             _log_retry(error, plan)
             reply = await retried_async(error, plan, self.budget, lambda: self._attempt(plan))
         if self.record is not None:
@@ -195,7 +199,7 @@ class AsyncEngine(_Engine):
         if left is not None and left <= 0:
             raise _expired(plan)
         api_key = plan.config.api_key
-        key = None
+        key: object = NOT_GIVEN
         if callable(api_key):
             key = api_key()
             if isawaitable(key):
@@ -236,11 +240,3 @@ def _log_answer(event: RequestEvent, reply: Reply) -> None:
         "%s %s answered %d, %d bytes, request %s", event.method, event.url, reply.status_code, len(reply.body),
         reply.request_id or event.request_id,
     )  # fmt: skip
-
-
-def _refuse_awaitable(value: object, hook: str) -> None:
-    if isawaitable(value):
-        close = getattr(value, "close", None)
-        if close is not None:
-            close()
-        raise TypeError(f"{hook} of a synchronous client must not be a coroutine function")

@@ -260,15 +260,7 @@ def _of_image(value: Any, spec: TensorSpec | None, where: str) -> Array:
     Samples keep their values (0 to 255 for 8 bits): scaling is the model's business or the caller's.
     """
     shape = spec.shape if spec is not None else ()
-    channels: int | None = None
-    first = False
-    if len(shape) >= 3:
-        if shape[-1] in _CHANNEL_MODES:
-            channels = shape[-1]
-        elif shape[-3] in _CHANNEL_MODES:
-            channels, first = shape[-3], True
-    elif len(shape) == 2:
-        channels = 0
+    channels, first = _channel_axis(shape, (value.height, value.width))
     image = value
     if channels is not None and image.mode not in ("I", "F", "I;16"):
         mode = _CHANNEL_MODES.get(channels, "L")
@@ -284,6 +276,21 @@ def _of_image(value: Any, spec: TensorSpec | None, where: str) -> Array:
     if array.ndim == 2 and channels:
         array = array[..., None]
     return np.moveaxis(array, -1, 0) if first and array.ndim == 3 else array
+
+
+def _channel_axis(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int | None, bool]:
+    """How many channels a model wants, and whether their axis comes before height and width.
+
+    Three may be a number of channels and a height: the layout that fits the image's size is taken, else the last axis.
+    No channels for a matrix, None where the model leaves it open.
+    """
+    if len(shape) < 3:
+        return (0 if len(shape) == 2 else None), False
+    last = shape[-1] in _CHANNEL_MODES
+    first = shape[-3] in _CHANNEL_MODES
+    if first and (not last or (_fits(size, shape[-2:]) and not _fits(size, shape[-3:-1]))):
+        return shape[-3], True
+    return (shape[-1] if last else None), False
 
 
 # --- shapes ------------------------------------------------------------------------------------------------------
@@ -318,7 +325,7 @@ def _shaped(array: Array, spec: TensorSpec, where: str) -> Array:
 # --- many inputs -------------------------------------------------------------------------------------------------
 
 
-def items_of(items: object, batch_size: int | None) -> Iterator[object]:
+def items_of(items: object, batch_size: int | None) -> Iterator[Any]:
     """The inputs of many calls: the items of an iterable, or the slices of one array, frame, column or tensor.
 
     Raises:
@@ -336,4 +343,4 @@ def items_of(items: object, batch_size: int | None) -> Iterator[object]:
         raise ConfigurationError("batch_size is for items that are one array, data frame, column or tensor")
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise ConfigurationError(f"items expects an iterable of inputs, got {type(whole).__name__}")
-    return iter(cast(Iterable[object], items))
+    return iter(items)

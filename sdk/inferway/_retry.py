@@ -14,7 +14,7 @@ from typing import cast
 import tenacity
 
 from ._budget import RetryBudget
-from ._core import Plan, Reply
+from ._core import Plan, Reply, refuse_awaitable
 from ._errors import APIConnectionError, APIError, APIStatusError, DeadlineExceededError
 from ._options import RetryEvent
 
@@ -98,8 +98,8 @@ def retried(first: APIError, plan: Plan, budget: RetryBudget, attempt: Callable[
     hook = plan.config.on_retry
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
-        if hook is not None and isawaitable(hook(rules.event(state))):
-            raise TypeError("on_retry of a synchronous client must not be a coroutine function")
+        if hook is not None:
+            refuse_awaitable(hook(rules.event(state)), "on_retry")
 
     def again() -> Reply:
         if loop.statistics["attempt_number"] == 1:

@@ -102,7 +102,9 @@ def _number(array: Array, target: np.dtype[Any], datatype: str, where: str) -> A
     kind = source.dtype.kind
     if kind not in "biuf":
         raise InvalidInputError(f"{where} expects {datatype} ({target}), got {_contents(array)}")
-    if source.dtype == target or kind == "b" or np.can_cast(source.dtype, target, "safe"):
+    # What numpy calls safe is, except that it lets 64-bit integers become floating point, which has 53 bits for them.
+    safe = np.can_cast(source.dtype, target, "safe") and not (target.kind == "f" and source.dtype.itemsize == 8)
+    if source.dtype == target or kind == "b" or safe:
         return np.ascontiguousarray(source, dtype=target).reshape(array.shape)
     if source.size and not _fits(source, target):
         raise InvalidInputError(

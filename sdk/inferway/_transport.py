@@ -174,6 +174,8 @@ _FAILURES: Final = {
     "CloseError": ("the connection to {url} broke", True),
     "RemoteProtocolError": ("{url} closed the connection early or did not answer in HTTP", True),
     "NetworkError": ("the connection to {url} broke", True),
+    "ProtocolError": ("{url} does not answer in HTTP", True),
+    "TransportError": ("the request to {url} failed", True),
 }
 _MISUSES: Final = {
     "LocalProtocolError": "the request to {url} cannot be sent",
@@ -442,6 +444,10 @@ class SyncSender:
         self._urls: dict[str, httpx.URL] = {}
         self._lock = threading.Lock()
         self._transport: PooledTransport | None = None
+        # Closes connections when the sender is dropped or the program ends. A finalizer and not ``__del__``: in a cycle
+        # of garbage sockets may be finalized before the sender, and they complain.
+        self._open: list[PooledTransport] = []
+        weakref.finalize(self, _close, self._open)
         forget_at_fork(self)
 
     def send(self, plan: Plan, headers: HeaderList, left: float | None) -> Reply:
@@ -511,22 +517,28 @@ class SyncSender:
         with self._lock:
             if self._transport is None:
                 self._transport = PooledTransport(self._base_url, self._max_connections)
+                self._open.append(self._transport)
             return self._transport
 
     def forget(self) -> None:
         self._lock = threading.Lock()
         self._transport = None
+        self._open.clear()
 
     def close(self) -> None:
+        """Close every connection; a caller's own client is closed too."""
         self._closed = True
-        transport, self._transport = self._transport, None
-        if transport is not None:
-            transport.close()
+        self._transport = None
+        _close(self._open)
+        if self._client is not None:
+            self._client.close()
 
-    def __del__(self) -> None:
-        # At interpreter exit anything may be gone, and nobody is left to tell.
-        with contextlib.suppress(Exception):
-            self.close()
+
+def _close(transports: list[PooledTransport]) -> None:
+    # At the end of a program anything may be gone, and nobody is left to tell.
+    with contextlib.suppress(Exception):
+        while transports:
+            transports.pop().close()
 
 
 def foreign_timeout(client: object, timeouts: dict[str, float | None]) -> Any:
