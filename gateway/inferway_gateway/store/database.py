@@ -4,7 +4,7 @@ SQLAlchemy's synchronous engine on a few threads of our own. The asynchronous en
 thread as well, it would add greenlet, and a key is read once in seconds and written by hand. Every call ends in time:
 
 - the caller is answered after ``timeout_s`` with StoreUnavailableError, whatever the thread does;
-- the thread's work is then ended from outside, by interrupting SQLite or shutting the socket to PostgreSQL down, so
+- the thread's work is then ended from outside, by stopping SQLite or shutting the socket to PostgreSQL down, so
   that a server which hangs holds no thread for longer than that either;
 - SQLite gives up waiting for a lock, and PostgreSQL cancels a statement, shortly before.
 
@@ -20,6 +20,7 @@ import os
 import socket
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -51,6 +52,8 @@ _VERSION_TABLE: Final = "inferway_version"
 _MIGRATION_LOCK: Final = 0x1F_E12A7  # any number that no other program locks
 _MIGRATING: Final = threading.Lock()
 _WRITES: Final = "inferway_writes"
+_SQLITE_STEPS: Final = 10_000
+"""Instructions of SQLite's machine, some tenths of a millisecond, between two looks at whether to go on."""
 _UNAVAILABLE: Final = "expected an answer of the key database, got none in time"
 
 
@@ -111,27 +114,33 @@ class _Work:
         self._ended = False
         self._driver: DBAPIConnection | None = None
 
+    def check(self) -> None:
+        """Raises TimeoutError where ``end`` was called: nobody waits for this any more."""
+        if self._ended:
+            raise TimeoutError
+
     def begin(self, connection: sa.Connection) -> None:
-        """From here on ``end`` reaches this connection. Raises TimeoutError where ``end`` was called before."""
+        """From here on ``end`` reaches this connection. Raises TimeoutError where it was called before."""
         with self._lock:
-            if self._ended:
-                raise TimeoutError
-            self._driver = connection.connection.driver_connection
+            self.check()
+            self._driver = driver = connection.connection.driver_connection
+        if isinstance(driver, sqlite3.Connection):
+            # SQLite asks while it works. Its interrupt would be lost if it came between two statements.
+            driver.set_progress_handler(lambda: self._ended, _SQLITE_STEPS)
 
     def done(self) -> None:
-        """The connection may go back to the pool: nobody shuts it any more."""
+        """The connection may go back to the pool: nobody ends it any more."""
         with self._lock:
-            self._driver = None
+            driver, self._driver = self._driver, None
+        if isinstance(driver, sqlite3.Connection):
+            driver.set_progress_handler(None, 0)
 
     def end(self) -> None:
         """Let the thread's call fail soon. Called on the event loop; does not wait."""
         with self._lock:
             self._ended = True
-            driver, self._driver = self._driver, None
-            if isinstance(driver, sqlite3.Connection):
-                driver.interrupt()
-            elif driver is not None:
-                _shut(driver)
+            if self._driver is not None and not isinstance(self._driver, sqlite3.Connection):
+                _shut(self._driver)
 
 
 def _shut(driver: Any) -> None:
@@ -156,6 +165,7 @@ class KeyDatabase:
         self._engine = engine
         self._timeout_s = timeout_s
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="inferway-keys")
+        self._running: set[_Work] = set()
 
     @classmethod
     async def open(cls, url: str, peppers: Peppers, *, timeout_s: float = 1.5) -> Self:
@@ -183,8 +193,10 @@ class KeyDatabase:
         return cls(_engine(address, timeout_s), timeout_s)
 
     async def close(self) -> None:
-        """Close every connection. Work that still runs is ended, or ends by itself soon after."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the work that still runs, and close every connection. Calls after it raise RuntimeError."""
+        for job in list(self._running):
+            job.end()
+        await asyncio.to_thread(self._threads.shutdown)
         await asyncio.to_thread(self._engine.dispose)
 
     async def fetch(self, key_ids: Sequence[str]) -> Mapping[str, KeyRecord]:
@@ -286,6 +298,8 @@ class KeyDatabase:
         """
         job = _Work()
         future = self._threads.submit(self._run, work, write, job)
+        self._running.add(job)
+        future.add_done_callback(lambda _: self._running.discard(job))
         timer = asyncio.get_running_loop().call_later(self._timeout_s, job.end)
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -300,6 +314,7 @@ class KeyDatabase:
         return result
 
     def _run(self, work: Callable[[sa.Connection], _T], write: bool, job: _Work) -> _T:
+        job.check()  # before the wait for a connection that a queue of such jobs would add up
         with self._engine.connect() as connection:
             connection.execution_options(**{_WRITES: write})
             try:
@@ -392,7 +407,7 @@ def _engine(address: sa.URL, timeout_s: float) -> sa.Engine:
         engine = sa.create_engine(
             address, pool_size=_THREADS, hide_parameters=True, connect_args={"timeout": timeout_s * 0.8}
         )
-        sa.event.listen(engine, "connect", _connected_sqlite)
+        sa.event.listen(engine, "connect", lambda driver, _: _connected_sqlite(driver, timeout_s * 0.8))
         sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
     try:
@@ -414,10 +429,19 @@ def _engine(address: sa.URL, timeout_s: float) -> sa.Engine:
         raise StateError("PostgreSQL needs a driver: pip install 'inferway[gateway,postgres]'") from error
 
 
-def _connected_sqlite(driver: sqlite3.Connection, _: object) -> None:
+def _connected_sqlite(driver: sqlite3.Connection, limit_s: float) -> None:
     # Python's sqlite3 module would begin transactions by itself, and only before writing.
     driver.isolation_level = None
-    driver.execute("PRAGMA journal_mode = WAL")
+    end = time.monotonic() + limit_s
+    while True:
+        try:
+            driver.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # SQLite does not wait for this lock by itself: processes that made the file together would fail.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= end:
+                raise
+            time.sleep(0.01)
     driver.execute("PRAGMA synchronous = FULL")
 
 

@@ -1268,5 +1268,5 @@ def _cursor_of(raw: bytes) -> str:
 async def _until(condition: Callable[[], bool]) -> None:
     """Let other tasks run until a condition holds."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+        while not condition():
             await asyncio.sleep(0)

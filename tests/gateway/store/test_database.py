@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import sqlite3
 import stat
 import subprocess
@@ -315,14 +314,16 @@ class TestSchema:
 
     @pytest.mark.postgres
     async def test_needs_no_right_to_change_it_once_it_is_there(self, postgres: Any) -> None:
-        url = postgres.new_database()
+        url = postgres.new_schema()
         async with opened(url) as owner:
             await owner.insert(make())
         engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool)
         with engine.begin() as connection:
             connection.execute(sa.text("DROP ROLE IF EXISTS clerk"))
             connection.execute(sa.text("CREATE ROLE clerk LOGIN"))
-            connection.execute(sa.text("GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO clerk"))
+            schema = connection.scalar(sa.text("SELECT current_schema()"))
+            connection.execute(sa.text(f"GRANT USAGE ON SCHEMA {schema} TO clerk"))
+            connection.execute(sa.text(f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {schema} TO clerk"))
         engine.dispose()
         async with opened(url.replace("inferway@", "clerk@")) as clerk:
             await clerk.insert(make())
@@ -385,6 +386,19 @@ class TestTrouble:
                         break
                     except StoreUnavailableError:
                         continue
+
+    async def test_closing_ends_work_that_runs(self, database_url: str) -> None:
+        store = await KeyDatabase.open(database_url, PEPPERS, timeout_s=600)
+        waiting = [asyncio.ensure_future(silent(store)()) for _ in range(6)]
+        await asyncio.wait(waiting, timeout=0.1)
+        for task in waiting[:3]:
+            task.cancel()
+        async with asyncio.timeout(10):
+            await store.close()
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+        kinds = [type(result) for result in results]
+        assert kinds == [asyncio.CancelledError] * 3 + [StoreUnavailableError] * 3
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("inferway-keys")]
 
     async def test_tells_neither_caller_nor_log_what_was_asked(
         self, database_url: str, caplog: pytest.LogCaptureFixture
@@ -471,6 +485,20 @@ class TestSqlite:
             )
         assert pragmas == ("wal", 2)
 
+    async def test_that_another_process_is_making_is_waited_for(self, tmp_path: Path) -> None:
+        (tmp_path / "keys.db").touch(mode=0o600)
+        other = sqlite3.connect(tmp_path / "keys.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        opening = asyncio.ensure_future(KeyDatabase.open(f"sqlite:///{tmp_path}/keys.db", PEPPERS))
+        await asyncio.wait([opening], timeout=0.3)
+        assert not opening.done()
+        other.execute("ROLLBACK")
+        other.close()
+        async with asyncio.timeout(30):
+            store = await opening
+        assert await store.page(1, None) == []
+        await store.close()
+
     async def test_that_another_process_writes_to_refuses_writes_in_time_and_reads_on(self, tmp_path: Path) -> None:
         record = make()
         async with opened(f"sqlite:///{tmp_path}/keys.db", timeout_s=0.5) as store:
@@ -502,7 +530,7 @@ class TestSqlite:
 class TestPostgres:
     async def test_restart_is_not_noticed(self, postgres: Any) -> None:
         record = make()
-        async with opened(postgres.new_database()) as store:
+        async with opened(postgres.new_schema()) as store:
             await store.insert(record)
             await asyncio.gather(*(store.page(1, None) for _ in range(4)))  # several connections
             await asyncio.to_thread(postgres.control, "restart", "-m", "fast")
@@ -510,9 +538,9 @@ class TestPostgres:
             assert (await store.revoke(record.id, NOW)).revoked_at == NOW
 
     async def test_that_hangs_is_an_outage_in_time_holds_no_thread_and_recovers(self, postgres: Any) -> None:
-        async with opened(postgres.new_database(), timeout_s=0.5) as store:
+        async with opened(postgres.new_schema(), timeout_s=0.5) as store:
             await asyncio.gather(*(store.page(1, None) for _ in range(4)))
-            postgres.signal(signal.SIGSTOP)
+            postgres.stop()
             try:
                 started = time.monotonic()
                 results = await all_at_once(*(store.page(1, None) for _ in range(4)))
@@ -521,7 +549,7 @@ class TestPostgres:
                 # The connections were ended from this side, so the threads come back while the server still hangs.
                 await asyncio.to_thread(_wait_for_idle, store)
             finally:
-                postgres.signal(signal.SIGCONT)
+                postgres.resume()
             started = time.monotonic()
             async with asyncio.timeout(10):
                 while True:
@@ -533,19 +561,19 @@ class TestPostgres:
             assert time.monotonic() - started < 2
 
     async def test_that_hangs_does_not_hold_up_the_end(self, postgres: Any) -> None:
-        store = await KeyDatabase.open(postgres.new_database(), PEPPERS, timeout_s=0.5)
+        store = await KeyDatabase.open(postgres.new_schema(), PEPPERS, timeout_s=0.5)
         await store.page(1, None)
-        postgres.signal(signal.SIGSTOP)
+        postgres.stop()
         try:
             with pytest.raises(StoreUnavailableError):
                 await store.page(1, None)
             async with asyncio.timeout(5):
                 await store.close()
         finally:
-            postgres.signal(signal.SIGCONT)
+            postgres.resume()
 
     async def test_holds_hashes_and_no_key(self, postgres: Any, tmp_path: Path) -> None:
-        url = postgres.new_database()
+        url = postgres.new_schema()
         async with open_keys(database_url=url, state_dir=tmp_path) as keys:
             new = await keys.service.create(name="a", scopes=["infer"])
             text = new.key.reveal()
