@@ -21,9 +21,10 @@ from starlette.types import Receive, Scope, Send
 
 from inferway_contract import models as contract
 from inferway_gateway.app import routes
-from inferway_gateway.core.keys import ApiKey, Authenticator, Clock, KeyService, NewKey, Peppers
+from inferway_gateway.core.keys import ANONYMOUS, ApiKey, Authenticator, Clock, KeyService, NewKey, Peppers
 from inferway_gateway.http import routes_keys
 from inferway_gateway.http.application import GatewayApplication
+from inferway_gateway.http.key_bodies import deprecation
 from inferway_gateway.store.database import KeyDatabase
 
 START = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -316,6 +317,9 @@ class TestRotate:
         gateway.wall.unix_s += 60
         problem(await gateway.call("GET", f"{KEYS}/self", key=old["key"]), 401, "unauthenticated")
         assert (await gateway.call("GET", f"{KEYS}/self", key=new["key"])).status_code == 200
+
+    def test_has_nothing_to_tell_callers_of_other_keys(self) -> None:
+        assert deprecation(ANONYMOUS) == ()
 
     async def test_needs_no_body_and_then_overlaps_for_a_day(self, gateway: Gateway) -> None:
         response = await gateway.call("POST", f"{KEYS}/{gateway.admin.key.id}/rotate")

@@ -115,7 +115,7 @@ class TestPepperFile:
         with pytest.raises(StateError, match="something else"):
             load_peppers(home)
 
-    def test_in_a_place_that_cannot_be_read_is_refused(self, home: Path) -> None:
+    def test_that_is_a_directory_is_refused(self, home: Path) -> None:
         prepare_directory(home)
         (home / "pepper").mkdir(mode=0o700)
         with pytest.raises(StateError, match="something else"):
@@ -131,6 +131,16 @@ class TestPepperFile:
         with pytest.raises(StateError, match="No space left"):
             load_peppers(home)
         assert list(home.iterdir()) == []
+
+    def test_that_cannot_be_read_is_refused(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        load_peppers(home)
+
+        def broken(*_: object) -> int:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "open", broken)
+        with pytest.raises(StateError, match="Input/output error"):
+            load_peppers(home)
 
     @pytest.mark.parametrize("text", ["", "\n", "short", "1:" + "ab" * 31, "ü" * 64, "0:" + "ab" * 32, "ab" * 10_000])
     def test_with_another_text_is_refused_without_quoting_it(self, home: Path, text: str) -> None:
