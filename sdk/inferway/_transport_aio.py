@@ -22,6 +22,7 @@ from typing import Any, Final, TypeAlias, cast
 
 import aiohttp
 import httpx
+import yarl
 from aiohttp.abc import AbstractStreamWriter
 from httpx_aiohttp import AiohttpTransport
 from multidict import CIMultiDict
@@ -107,6 +108,7 @@ class LeanRequest(httpx.Request):
         self,
         method: str,
         url: httpx.URL,
+        target: yarl.URL,
         pairs: HeaderList,
         body: bytes | AsyncPieces,
         extensions: dict[str, Any],
@@ -114,6 +116,7 @@ class LeanRequest(httpx.Request):
         # Everything that the constructor of the base class sets, which would read and copy headers and content.
         self.method = method
         self.url = url
+        self.target = target
         self.stream = httpx.ByteStream(body) if isinstance(body, bytes) else body
         self.extensions = extensions
         self.pairs = pairs
@@ -124,6 +127,11 @@ class LeanRequest(httpx.Request):
             self.headers = httpx.Headers(self.pairs)
             return self.headers
         raise AttributeError(name)
+
+
+def _target(url: httpx.URL) -> yarl.URL:
+    """A URL for aiohttp, which would otherwise undo quotes of a path that it finds needless."""
+    return yarl.URL(str(url), encoded=True)
 
 
 class LeanAiohttpTransport(AiohttpTransport):
@@ -180,12 +188,12 @@ class LeanAiohttpTransport(AiohttpTransport):
                 self._limits.clear()
             timeout = self._limits[key] = aiohttp.ClientTimeout(total=None, sock_connect=key[0], sock_read=key[1])
         if type(request) is LeanRequest:
-            pairs, body = request.pairs, request.body
+            target, pairs, body = request.target, request.pairs, request.body
         else:
-            pairs, body = request.headers.multi_items(), await request.aread()
+            target, pairs, body = _target(request.url), request.headers.multi_items(), await request.aread()
         answer = await self.session.request(
             request.method,
-            str(request.url),
+            target,
             headers=CIMultiDict(pairs),
             data=body or None,
             allow_redirects=False,
@@ -255,7 +263,7 @@ class AsyncSender:
         self._max_connections = max_connections
         self._client = http_client
         self._closed = False
-        self._urls: dict[str, httpx.URL] = {}
+        self._urls: dict[str, tuple[httpx.URL, yarl.URL]] = {}
         self._pools: dict[asyncio.AbstractEventLoop, _Pool] = {}
         weakref.finalize(self, _discard_closed, self._pools)
         # The pool that was used last, with its loop: one object, so that threads cannot see half of a change.
@@ -287,7 +295,7 @@ class AsyncSender:
                 response = await transport.handle_async_request(
                     LeanRequest(
                         call.method,
-                        self._urls.get(call.path) or self._url(call.path),
+                        *(self._urls.get(call.path) or self._url(call.path)),
                         headers,
                         body if isinstance(body, bytes) else AsyncPieces(body),
                         self._extensions(plan.timeout),
@@ -348,13 +356,12 @@ class AsyncSender:
             self._limits = (timeout, extensions)
         return extensions
 
-    def _url(self, path: str) -> httpx.URL:
-        url = self._urls.get(path)
-        if url is None:
-            if len(self._urls) >= 1024:
-                self._urls.clear()
-            url = self._urls[path] = httpx.URL(self._base_url + path)
-        return url
+    def _url(self, path: str) -> tuple[httpx.URL, yarl.URL]:
+        if len(self._urls) >= 1024:
+            self._urls.clear()
+        url = httpx.URL(self._base_url + path)
+        found = self._urls[path] = (url, _target(url))
+        return found
 
     async def _here(self) -> LeanAiohttpTransport:
         """The pool of the running loop, made where there is none; pools of loops that were closed are let go."""

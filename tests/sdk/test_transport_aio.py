@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import uvloop
+import yarl
 
 import inferway
 from inferway import AsyncInferway
@@ -247,7 +248,9 @@ async def test_the_transport_serves_any_httpx_client(server: ScriptedServer) -> 
 
 
 async def test_a_lean_request_is_a_request() -> None:
-    request = LeanRequest("POST", httpx.URL("http://h/p"), [("A", "1"), ("a", "2")], b"body", {})
+    request = LeanRequest(
+        "POST", httpx.URL("http://h/p"), yarl.URL("http://h/p"), [("A", "1"), ("a", "2")], b"body", {}
+    )
     assert isinstance(request, httpx.Request)
     assert request.headers.get_list("a") == ["1", "2"]
     assert await request.aread() == b"body"
