@@ -113,6 +113,9 @@ class Reply:
 
     __slots__ = ("_index", "attempts", "body", "elapsed", "raw_headers", "sent_id", "status_code")
 
+    status_code: int
+    raw_headers: Sequence[tuple[bytes, bytes]]
+    body: bytes | bytearray
     attempts: int
     elapsed: float
     sent_id: str | None
@@ -257,13 +260,25 @@ class Plan:
         "started", "timeout",
     )  # fmt: skip
 
+    config: Config
+    call: Call[Any]
+    clock: Clock
+    timeout: Timeout
+    retry: RetryPolicy
+    max_bytes: int
+    more: Mapping[str, str] | None
+    request_id: str
+    started: float
+    deadline: float | None
+    attempt: int
+
     def __init__(self, config: Config, call: Call[Any], options: RequestOptions) -> None:
         self.config = config
         self.call = call
         self.timeout = config.timeout
         self.retry = config.retry
         self.max_bytes = config.max_response_bytes
-        self.more: Mapping[str, str] | None = None
+        self.more = None
         idempotency_key = None
         request_id = None
         if options:

@@ -45,12 +45,17 @@ class Signatures(dict[tuple[str, str | None], tuple[ModelMetadata, float]]):
 
 
 class _Engine:
+    config: Config
+    budget: RetryBudget
+    signatures: Signatures
+    record: list[Reply] | None
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.budget = RetryBudget(config.retry, config.clock.monotonic)
         forget_at_fork(self.budget)
         self.signatures = Signatures()
-        self.record: list[Reply] | None = None
+        self.record = None
         self._watched = False
         self._set(config)
 

@@ -343,4 +343,4 @@ def items_of(items: object, batch_size: int | None) -> Iterator[Any]:
         raise ConfigurationError("batch_size is for items that are one array, data frame, column or tensor")
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise ConfigurationError(f"items expects an iterable of inputs, got {type(whole).__name__}")
-    return iter(items)
+    return iter(whole)

@@ -175,7 +175,7 @@ class LeanAiohttpTransport(AiohttpTransport):
         )
         # aiohttp would send a GET again by itself when a kept connection breaks: an attempt that nobody counts and that
         # no budget covers. It has no public switch for this; its own test client does the same.
-        session._retry_connection = False
+        session._retry_connection = False  # pyright: ignore[reportPrivateUsage]
         return session
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:

@@ -1,0 +1,134 @@
+"""The SDK as its users write it. Never run: mypy and pyright check it, each in its strict mode."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inferway import (
+    APIStatusError,
+    APITimeoutError,
+    AsyncInferway,
+    AsyncModelHandle,
+    InferenceResult,
+    Inferway,
+    InferwayError,
+    ModelHandle,
+    ModelMetadata,
+    QueueFullError,
+    RawResponse,
+    RequestEvent,
+    RetryEvent,
+    RetryPolicy,
+    Timeout,
+)
+from inferway.testing import MockGateway
+from inferway_contract.models import KeyCreated, KeyRecord, ModelStat, RepositoryIndexEntry
+
+
+def before(event: RequestEvent) -> dict[str, str]:
+    return {"traceparent": event.request_id}
+
+
+async def waiting(event: RetryEvent) -> None:
+    print(event.error, event.delay_s)
+
+
+def synchronous() -> None:
+    with Inferway("http://h", api_key=lambda: "key", timeout=5, retry=RetryPolicy(attempts=2)) as client:
+        assert_type(client, Inferway)
+        result = client.infer("m", {"x": [1, 2]}, outputs=["y"], timeout=Timeout(total=3), headers={"A": "b"})
+        assert_type(result, InferenceResult)
+        assert_type(result["y"], NDArray[Any])
+        assert_type(result.output, NDArray[Any])
+        assert_type(result.timing, dict[str, float])
+        for name, array in result.items():
+            assert_type(name, str)
+            assert_type(array, NDArray[Any])
+        handle = client.model("m", version=1)
+        assert_type(handle, ModelHandle)
+        assert_type(handle(np.zeros(3)), InferenceResult)
+        assert_type(handle.predict([1]), NDArray[Any] | dict[str, NDArray[Any]])
+        assert_type(handle.signature(), ModelMetadata)
+        for one in handle.map([[1], [2]], concurrency=4):
+            assert_type(one, InferenceResult)
+        for either in handle.map([[1], [2]], on_error="return"):
+            assert_type(either, InferenceResult | InferwayError)
+        assert_type(client.models.list(), list[str])
+        assert_type(client.models.get("m"), ModelMetadata)
+        assert_type(client.models.index(), list[RepositoryIndexEntry])
+        assert_type(client.models.stats(), list[ModelStat])
+        assert_type(client.models.ready("m"), bool)
+        assert_type(client.keys.create("n", ["infer", "read"], expires_in_s=60), KeyCreated)
+        for key in client.keys.list(page_size=10):
+            assert_type(key, KeyRecord)
+        assert_type(client.health.ready(), bool)
+        client.health.wait_until_ready(timeout=3)
+        raw = client.with_raw_response.infer("m", [1], version=1)
+        assert_type(raw, RawResponse[InferenceResult])
+        assert_type(raw.parse(), InferenceResult)
+        assert_type(client.with_raw_response.models.list(timeout=1), RawResponse[list[str]])
+        assert_type(client.with_options(timeout=None, on_request=before), Inferway)
+
+
+def errors(client: Inferway) -> None:
+    try:
+        client.infer("m", [1])
+    except QueueFullError as error:
+        assert_type(error.status_code, int)
+        assert_type(error.retry_after, float | None)
+    except APITimeoutError as error:
+        assert_type(error.attempts, int)
+        assert_type(error.status_code, int | None)
+    except APIStatusError as error:
+        assert_type(error.code, str | None)
+        assert_type(error.headers["a"], str)
+
+
+async def key() -> str:
+    return "key"
+
+
+async def asynchronous() -> None:
+    async with AsyncInferway(api_key=key, on_retry=waiting) as client:
+        assert_type(client, AsyncInferway)
+        result = await client.infer("m", {"x": [1, 2]}, timeout=None)
+        assert_type(result, InferenceResult)
+        handle = client.model("m")
+        assert_type(handle, AsyncModelHandle)
+        assert_type(await handle([1]), InferenceResult)
+        assert_type(await handle.signature(), ModelMetadata)
+        async for one in handle.map([[1], [2]]):
+            assert_type(one, InferenceResult)
+        async for either in handle.map([[1]], on_error="return"):
+            assert_type(either, InferenceResult | InferwayError)
+        assert_type(await client.models.list(), list[str])
+        async for record in client.keys.list():
+            assert_type(record, KeyRecord)
+        raw = await client.with_raw_response.models.get("m")
+        assert_type(raw, RawResponse[ModelMetadata])
+        assert_type((await client.with_raw_response.health.ready()).parse(), bool)
+
+
+def own_tests() -> None:
+    gateway = MockGateway(api_key="k")
+
+    @gateway.model("m", inputs={"x": ("FP32", [-1])}, outputs={"y": ("FP32", [-1])})
+    def double(inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        return {"y": inputs["x"] * 2}
+
+    assert_type(double({"x": np.zeros(1)}), dict[str, NDArray[Any]])
+    with gateway.client() as client:
+        assert_type(client, Inferway)
+
+
+def mistakes(client: Inferway) -> None:
+    # Each line would pass if the SDK's types were looser than they are; an ignore that is not needed is an error.
+    client.infer("m", [1], time_out=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client.infer("m", [1], timeout="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    client.infer(5, [1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    client.keys.create("n", ["fly"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    client.with_raw_response.models.get()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client.model("m").map([1], on_error="hide")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
