@@ -217,7 +217,13 @@ def _of_sequence(value: Sequence[object], spec: TensorSpec | None, where: str) -
             return np.array(value, dtype=object)
         if _is_foreign(probe):
             return np.stack([_as_array(item, None, where) for item in value])
-        return np.array(value)
+        found = np.array(value)
+        if found.dtype.kind == "f" and spec is not None and spec.datatype == "UINT64":
+            # numpy has no integer for 0 and 2**64 - 1 in one list and takes floating point, which has neither.
+            numbers = np.array(value, dtype=object)
+            if all(isinstance(number, int | np.integer) for number in numbers.flat):
+                return numbers.astype(np.uint64)
+        return found
     except (ValueError, OverflowError, TypeError) as error:
         if isinstance(error, InvalidInputError):
             raise

@@ -382,12 +382,17 @@ def _from_json(name: str, datatype: str, dims: tuple[int, ...], count: int, data
         flat = [math.nan if element is None else element for element in flat]
     allowed = {"BOOL": "b", "FP32": "iuf", "FP64": "iuf", "FP16": "iuf", "BF16": "iuf"}.get(datatype, "iu")
     try:
-        array = np.array(flat) if flat else np.empty(0, DTYPES[datatype])
-        if flat and array.dtype.kind not in allowed:
+        # Said beforehand for whole numbers: numpy takes 0 and 2**64 - 1 together for floating point.
+        whole = np.uint64 if datatype == "UINT64" else np.int64
+        exact = allowed == "iu" and all(type(element) is int for element in flat)
+        array = np.array(flat, whole if exact else None)
+        if array.dtype.kind not in allowed and flat:
             raise MalformedAnswer(f"output '{name}' is {datatype}, got {_contents(array)}")
         array = cast_to(array, datatype, f"output '{name}'")
-    except (InvalidInputError, OverflowError) as error:
+    except InvalidInputError as error:
         raise MalformedAnswer(str(error)) from error
+    except OverflowError as error:
+        raise MalformedAnswer(f"output '{name}' is {datatype}, got whole numbers beyond it") from error
     return _shaped(name, widen_bf16(array) if datatype == "BF16" else array, dims)
 
 
