@@ -96,6 +96,32 @@ def test_polling_follows_what_is_added_changed_broken_and_removed(tmp_path: Path
         assert "polling" in answer["error"]
 
 
+def test_what_cannot_be_loaded_takes_nothing_that_serves_out_of_service(tmp_path: Path) -> None:
+    files = {"a": ModelFiles({1: models.add_one()}, config="max_batch_size: 4"), "b": models.add_one()}
+    repository = models.write_repository(tmp_path / "models", files)
+    config = repository / "a" / "config.pbtxt"
+    with run_gateway(repository, tmp_path / "state", "--model-control", "poll", "--poll-interval-s", "0.05") as gateway:
+
+        def serves(version: str) -> None:
+            assert infer(gateway, "a")[1]["model_version"] == version
+            assert gateway.call("GET", "/v2/health/ready", key=None)[0] == 200
+
+        config.write_text("max_batch_si")  # as an editor leaves it half-way
+        until(lambda: "config.pbtxt" in index(gateway)["a", "1"][1])
+        assert index(gateway)["a", "1"][0] == "READY"
+        serves("1")
+        config.write_text("max_batch_size: 4")
+        until(lambda: index(gateway)["a", "1"] == ("READY", ""))
+
+        models.write_repository(repository, {"a": {2: models.add_one()[:60]}})  # a copy that is not complete
+        until(lambda: index(gateway).get(("a", "2"), ("", ""))[0] == "UNAVAILABLE")
+        serves("1")
+        models.write_repository(repository, {"a": {2: models.add_one(increment=5.0)}})
+        until(lambda: index(gateway).get(("a", "2")) == ("READY", ""))
+        until(lambda: ("a", "1") not in index(gateway))
+        serves("2")
+
+
 def test_an_operator_loads_reloads_and_unloads(tmp_path: Path) -> None:
     repository = models.write_repository(tmp_path / "models", {"a": models.add_one(), "b": models.add_one()})
     with run_gateway(repository, tmp_path / "state", "--model-control", "explicit", "--load-model", "a") as gateway:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from .backend import Artifact, Backend, Session
 from .batcher import Batcher
@@ -31,6 +31,11 @@ from .runners import RunnerPool
 from .stats import ModelStats
 
 logger = logging.getLogger("inferway.models")
+
+LOADER_THREAD: Final = "inferway-load"
+"""What the names of threads that load models begin with."""
+_LOAD_GRACE_S: Final = 1.0
+"""How long the end waits for a look at the repository, or a quick load, that is under way."""
 
 State = Literal["UNKNOWN", "READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
 ModelControl = Literal["none", "explicit", "poll"]
@@ -100,6 +105,8 @@ class _Model:
     loaded: dict[int, str] = field(default_factory=dict)
     """Version to the fingerprint of the files that it was loaded from."""
     wanted: bool = True
+    settled: bool = False
+    """Every version that was asked for has been ready at one time, and since then it never was without one."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -138,7 +145,9 @@ class Registry:
         self._drain_timeout_s = drain_timeout_s
         self._strict_readiness = strict_readiness
         self._models: dict[str, _Model] = {}
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="inferway-load")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix=LOADER_THREAD)
+        self._work: set[Future[Any]] = set()
+        self._abandoned = False
         self._started = False
         self._draining = False
 
@@ -199,15 +208,14 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        """Whether traffic should be sent here: started, not draining, and every wanted model is ready."""
+        """Whether traffic should be sent here: started, not draining, and every wanted model is ready.
+
+        A model that was, and goes on with what it has while something newer is loaded or could not be, still is: else
+        one bad file would take every gateway that follows the directory out of service at once.
+        """
         if not self._started or self._draining:
             return False
-        if not self._strict_readiness:
-            return True
-        return all(
-            not m.wanted or (m.problem is None and m.states and all(s == "READY" for s, _ in m.states.values()))
-            for m in self._models.values()
-        )
+        return not self._strict_readiness or all(m.settled or not m.wanted for m in self._models.values())
 
     @property
     def explicit(self) -> bool:
@@ -218,16 +226,16 @@ class Registry:
     async def run(self) -> None:
         """Load what is to be there from the start, then follow the directory where that is wanted. Ends when it is
         cancelled, or, without polling, when the first load is done."""
-        await self._sync(self._load_models if self._control == "explicit" else None, first=True)
-        self._started = True
-        total = sum(len(m.ready) for m in self._models.values())
-        logger.info("%d model versions are ready", total)
-        while self._control == "poll":
+        only = self._load_models if self._control == "explicit" else None
+        while True:
+            done = await self._try_sync(only, first=not self._started)
+            if done and not self._started:
+                self._started = True
+                logger.info("%d model versions are ready", sum(len(m.ready) for m in self._models.values()))
+            if done and self._control != "poll":
+                return
+            # Also after a first failure: the folder may be mounted a moment later than we start.
             await asyncio.sleep(self._poll_interval_s)
-            try:
-                await self._sync(None)
-            except OSError as error:
-                logger.warning("could not read the model repository: %s", error.strerror)
 
     async def load(self, name: str, config: dict[str, Any] | None = None) -> None:
         """Load a model by an operator's word, or reload what changed of it; the old serves until the new is ready.
@@ -239,7 +247,11 @@ class Registry:
             ModelLoadError: with ``failed to load '<name>'`` and why; what served before serves on.
         """
         self._check_explicit()
-        found = (await self._in_loader(self._repository.scan)).get(name)
+        try:
+            found = (await self._in_loader(self._repository.scan)).get(name)
+        except OSError as error:
+            logger.error("could not read the model repository: %s", error.strerror)
+            raise ModelLoadError(f"failed to load '{name}': the model repository cannot be read") from error
         if found is None:
             raise ModelLoadError(f"failed to load '{name}': no such model in the repository")
         if config is not None:
@@ -273,10 +285,20 @@ class Registry:
         self._draining = True
 
     async def close(self) -> None:
-        """Unload everything. Waits for what is in flight, ``drain_timeout_s`` at most."""
+        """Unload everything. Waits for what is in flight, ``drain_timeout_s`` at most.
+
+        A load under way cannot be stopped and is not waited for; its thread lives on until it is done.
+        """
         self._draining = True
-        await asyncio.gather(*(self._retire_all(m, "shutting down") for m in self._models.values()))
-        self._loader.shutdown(wait=True)
+        try:
+            if work := [asyncio.wrap_future(future) for future in self._work]:
+                _, late = await asyncio.wait(work, timeout=_LOAD_GRACE_S)
+                self._abandoned = bool(late)
+                for future in late:
+                    future.cancel()  # the loop may be gone when the thread is done
+            await asyncio.gather(*(self._retire_all(m, "shutting down") for m in self._models.values()))
+        finally:
+            self._loader.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ how
 
@@ -287,14 +309,30 @@ class Registry:
             raise ConflictError("explicit model load / unload is not allowed, expected model control mode 'explicit'")
 
     async def _in_loader(self, call: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._loader, call, *args)
+        work = self._loader.submit(call, *args)
+        self._work.add(work)
+        work.add_done_callback(self._work.discard)
+        return await asyncio.wrap_future(work)
+
+    async def _try_sync(self, only: tuple[str, ...] | None, *, first: bool = False) -> bool:
+        """``_sync``; False: it failed and the log says why, for nobody awaits ``run`` while the gateway serves."""
+        try:
+            await self._sync(only, first=first)
+        except OSError as error:
+            logger.error("could not read the model repository: %s", error.strerror)
+        except Exception:
+            logger.exception("bringing the models in line with the repository failed")
+        else:
+            return True
+        return False
 
     async def _sync(self, only: tuple[str, ...] | None, *, first: bool = False) -> None:
         """Bring what is loaded in line with the repository."""
         found: Mapping[str, RepositoryModel] = await self._in_loader(self._repository.scan)
         if first:
             for name in sorted(found):
-                self._models[name] = _Model(name, wanted=only is None or name in only)
+                # An operator's word may have come before this.
+                self._models.setdefault(name, _Model(name, wanted=only is None or name in only))
             for name in only or ():
                 if name not in found:
                     logger.error("asked to load '%s' at start: no such model in the repository", name)
@@ -312,17 +350,15 @@ class Registry:
         """Load every version that is to be served, then retire those that are not. Returns what went wrong."""
         async with model.lock:
             model.fingerprint = found.fingerprint
-            if found.error is not None:
-                model.problem = _load_message(model.name, None, found.error)
-                logger.error("%s", model.problem)
-                return [model.problem]
             model.problem = None
             problems: list[str] = []
             wanted = self._repository.served_versions(found)
-            if not wanted:
-                model.problem = _load_message(model.name, None, "no version to serve")
+            if found.error is not None or not wanted:
+                model.problem = _load_message(model.name, None, found.error or "no version to serve")
                 logger.error("%s", model.problem)
-                problems.append(model.problem)
+                for version in model.states:
+                    model.states[version] = _failed(model.problem, serves=version in model.ready)
+                return [model.problem]
             for version in wanted:
                 if version not in model.ready:
                     model.states[version] = ("LOADING", "")
@@ -331,6 +367,11 @@ class Registry:
                     problem = await self._load_version(model, found, version)
                     if problem is not None:
                         problems.append(problem)
+                else:  # an earlier reload may have failed, and what it was to load is gone again
+                    model.states[version] = ("READY", "")
+            if problems and model.ready:
+                return problems  # what served before serves on
+            model.settled = not problems
             for version in [v for v in model.states if v not in wanted]:
                 await self._retire(model, version)
                 model.states.pop(version, None)
@@ -356,10 +397,7 @@ class Registry:
                 logger.exception("loading '%s' version %d failed unexpectedly", model.name, version)
                 reason = _load_message(model.name, version, "internal error, see the gateway's log")
             logger.error("%s", reason)
-            if version not in model.ready:
-                model.states[version] = ("UNAVAILABLE", reason)
-            else:  # a failed reload: the old one serves on, and says so
-                model.states[version] = ("READY", f"last reload failed: {reason}")
+            model.states[version] = _failed(reason, serves=version in model.ready)
             return reason
         old = model.ready.get(version)
         served = ServedVersion(model.name, version, found.config, session, batcher, stats)
@@ -389,6 +427,7 @@ class Registry:
             await self._dispose(served)
 
     async def _retire_all(self, model: _Model, reason: str) -> None:
+        model.settled = False
         for version in list(model.states):
             await self._retire(model, version)
             model.states[version] = ("UNAVAILABLE", reason)
@@ -401,6 +440,8 @@ class Registry:
             # A run that ignores its end still reads the session's memory: better to keep it than to crash.
             logger.error("'%s' version %d has a run that does not end, its memory is kept", served.name, served.version)
             return
+        if self._abandoned:  # it would wait behind a load, and the memory goes back with the process anyway
+            return
         await self._in_loader(served.session.close)
         logger.info("'%s' version %d is unloaded", served.name, served.version)
 
@@ -412,6 +453,11 @@ def _why(model: _Model) -> str:
         return "is unloaded"
     reasons = [f"version {v} is {s.lower()}" + (f", {r}" if r else "") for v, (s, r) in sorted(model.states.items())]
     return "has no ready version" + (": " + "; ".join(reasons) if reasons else "")
+
+
+def _failed(reason: str, *, serves: bool) -> tuple[State, str]:
+    """State of a version whose last load failed; one that was there before serves on, and says so."""
+    return ("READY", f"last reload failed: {reason}") if serves else ("UNAVAILABLE", reason)
 
 
 def _load_message(name: str, version: int | None, reason: str) -> str:
