@@ -132,7 +132,7 @@ def run_gateway(
     reader.start()
     try:
         assert listening.wait(START_LIMIT_S), "did not start:\n" + "".join(log)
-        found = re.search(r"Inferway listens on (http://\S+)", "".join(log))
+        found = re.search(r"Inferway listens on (http://[\w.:\[\]]+)", "".join(log))
         assert found is not None, "did not start:\n" + "".join(log)
         gateway = LiveGateway(found[1], repository, state_dir, key, process, log)
         if wait:

@@ -6,8 +6,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,9 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
         "serve",
         help="serve a model repository",
         description="Serve every model of a directory laid out as NAME/VERSION/model.onnx. "
-        "Each option can also be set in the environment, as INFERWAY_ and its name in capitals.",
+        "Each option can also be set in the environment, as INFERWAY_ and its name in capitals (--no-auth is "
+        "INFERWAY_AUTH=false, --load-model is INFERWAY_LOAD_MODELS). Limits and timeouts are set there alone; "
+        "docs/settings.md has them all.",
     )
     serve.add_argument("model_dir", type=Path, nargs="?", metavar="DIR", help="the model repository")
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
@@ -37,7 +44,13 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
         choices=("none", "explicit", "poll"),
         help="none: load all at start; explicit: load on request; poll: follow the directory (default none)",
     )
-    serve.add_argument("--load-model", dest="load_models", action="append", metavar="NAME", help="explicit: load it")
+    serve.add_argument(
+        "--load-model",
+        dest="load_models",
+        action="append",
+        metavar="NAME",
+        help="explicit: load this one at start; may be repeated",
+    )
     serve.add_argument("--poll-interval-s", type=float, help="seconds between two looks at the directory (default 5)")
     serve.add_argument(
         "--strict-readiness",
@@ -45,18 +58,26 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
         default=None,
         help="ready only when every model is (default yes)",
     )
-    serve.add_argument("--state-dir", type=Path, help="directory of the database and the pepper")
+    serve.add_argument(
+        "--state-dir", type=Path, help="directory of the database and the pepper (default ~/.local/state/inferway)"
+    )
     serve.add_argument("--database-url", help="SQLAlchemy URL, for example postgresql+psycopg://user@host/db")
     serve.add_argument("--cpus", type=int, help="runner threads (default: processors this process may use)")
-    serve.add_argument("--providers", help="execution providers in order of preference, comma separated")
+    serve.add_argument(
+        "--providers", help="execution providers by preference, comma separated (default CPUExecutionProvider)"
+    )
     serve.add_argument(
         "--trial-budget-s",
         type=float,
         help="seconds for trying ONNX Runtime options on each model, 0: none (default 1)",
     )
     serve.add_argument("--access-log", action="store_true", default=None, help="write a record for each request")
-    serve.add_argument("--log-format", choices=("auto", "json", "text"), help="how to write the log")
-    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="least severe record written")
+    serve.add_argument(
+        "--log-format", choices=("auto", "json", "text"), help="default auto: text on a terminal, else JSON"
+    )
+    serve.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), help="least severe record written (default info)"
+    )
     serve.set_defaults(run=_serve)
     return parser, commands
 
@@ -64,7 +85,8 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 failed, 2 wrong arguments or a missing extra."""
     try:
-        from .cli_keys import add_parser
+        with _quick_to_interrupt():
+            from .cli_keys import add_parser
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("inferway_gateway", "inferway_contract"):
             raise
@@ -80,20 +102,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from pydantic import ValidationError
+    with _quick_to_interrupt():
+        from pydantic import ValidationError
 
-    from .app import create_app
-    from .http.application import is_inference
-    from .http.logs import configure_logging
-    from .server.policy import DrainPolicy, EdgeLimits
-    from .server.serve import run
-    from .settings import Settings
+        from .app import create_app
+        from .core.registry import LOADER_THREAD
+        from .http.application import is_inference
+        from .http.logs import announce, configure_logging
+        from .server.policy import DrainPolicy, EdgeLimits
+        from .server.serve import run
+        from .settings import Settings
 
     chosen = {name: value for name, value in vars(args).items() if value is not None and name in Settings.model_fields}
     try:
         settings = Settings(**chosen)
     except ValidationError as error:
-        return _fail("; ".join(f"{_option(e['loc'])}: {e['msg']}" for e in error.errors()), 2)
+        return _fail("; ".join(f"{_option(e['loc'], chosen)}: {_reason(e)}" for e in error.errors()), 2)
     if settings.model_dir is None:
         return _fail("expected a model repository: inferway serve DIR", 2)
     if not settings.model_dir.is_dir():
@@ -103,7 +127,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     def ready(port: int) -> None:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        print(f"Inferway listens on http://{host}:{port}", file=sys.stderr, flush=True)
+        announce(f"Inferway listens on http://{host}:{port}")
 
     try:
         run(
@@ -130,11 +154,45 @@ def _serve(args: argparse.Namespace) -> int:
         return _fail(f"could not listen on {settings.host} port {settings.port}: {error.strerror or error}", 1)
     except SystemExit:
         return _fail(app.startup_problem, 1) if app.startup_problem is not None else 1
+    for thread in threading.enumerate():
+        if thread.name.startswith(LOADER_THREAD):
+            thread.join(0.5)
+            if thread.is_alive():
+                # It loads a model, which nothing can stop, and the interpreter would wait for however long it takes.
+                logging.shutdown()
+                os._exit(0)
     return 0
 
 
-def _option(location: Sequence[int | str]) -> str:
-    return "--" + str(location[0]).replace("_", "-") if location else "settings"
+@contextlib.contextmanager
+def _quick_to_interrupt() -> Iterator[None]:
+    """Let Ctrl+C end the process on the spot, while it imports and nothing is open.
+
+    As an exception it would end in a traceback from the depth of some library, or be taken for a failed import there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _option(location: Sequence[int | str], chosen: Collection[str]) -> str:
+    """What the operator calls a setting: the option where it was given as one, else the variable."""
+    if not location:
+        return "settings"
+    name = str(location[0])
+    if name not in chosen:
+        return f"INFERWAY_{name.upper()}"
+    return {"model_dir": "DIR", "load_models": "--load-model"}.get(name, "--" + name.replace("_", "-"))
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    words: str = error["msg"]
+    return words.removeprefix("Value error, ")
 
 
 def _fail(words: str, status: int) -> int:

@@ -24,7 +24,12 @@ class Settings(BaseSettings):
     """The gateway's settings, frozen and validated before anything opens."""
 
     model_config = SettingsConfigDict(
-        env_prefix="INFERWAY_", frozen=True, extra="forbid", env_ignore_empty=True, use_attribute_docstrings=True
+        env_prefix="INFERWAY_",
+        frozen=True,
+        extra="forbid",
+        env_ignore_empty=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # a gateway that drains for ever is not what anybody means
     )
 
     model_dir: Path | None = None
@@ -108,6 +113,14 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("state_dir")
+    @classmethod
+    def _can_be_in_a_url(cls, value: Path) -> Path:
+        # SQLAlchemy ends the file's name there, and there is no way of escaping it.
+        if "?" in str(value):
+            raise ValueError("expected a directory without '?' in its path")
+        return value
 
     def database(self) -> str:
         """The database URL, with its password where it has one."""

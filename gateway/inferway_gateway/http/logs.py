@@ -179,6 +179,17 @@ def configure_logging(
     logging.captureWarnings(True)
 
 
+def announce(message: str) -> None:
+    """Write one record whatever the level: what a program that started this one waits for. Plain text in a text log."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            if isinstance(handler.formatter, JsonFormatter):
+                handler.handle(logging.LogRecord("inferway.server", logging.INFO, __file__, 0, message, None, None))
+            else:
+                handler.stream.write(message + "\n")
+                handler.flush()
+
+
 def access_log(
     *,
     sample: float = 1.0,

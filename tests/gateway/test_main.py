@@ -1,0 +1,63 @@
+"""``inferway serve``: what it says to an operator before it serves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import models
+from inferway_gateway.__main__ import main
+from live import run_gateway
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["serve", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_value_that_cannot_be_is_told_under_the_name_it_was_given_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--port: " in refused(capsys, str(tmp_path), "--port", "70000")
+    monkeypatch.setenv("INFERWAY_BODY_LIMIT_BYTES", "-1")
+    assert "INFERWAY_BODY_LIMIT_BYTES: " in refused(capsys, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["DRAIN_DELAY_S", "RUN_TIMEOUT_S", "KEY_CACHE_TTL_S", "HEADER_TIMEOUT_S"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_no_time_is_endless(
+    name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"INFERWAY_{name}", value)
+    assert f"INFERWAY_{name}: Input should be" in refused(capsys, str(tmp_path))
+
+
+def test_a_state_directory_that_a_url_cannot_hold_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = refused(capsys, str(tmp_path), "--state-dir", str(tmp_path / "what?"))
+    assert words == "inferway: --state-dir: expected a directory without '?' in its path\n"
+
+
+def test_a_missing_directory_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected" in refused(capsys, str(tmp_path / "none"))
+    assert "inferway serve DIR" in refused(capsys)
+
+
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "pydantic_settings.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from inferway_gateway.__main__ import main; main([])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_json_log_is_json_from_its_first_line_to_its_last(tmp_path: Path) -> None:
+    models.write_repository(tmp_path / "models", {"a": models.add_one()})
+    with run_gateway(tmp_path / "models", tmp_path / "state", "--log-format", "json", "--log-level", "warning") as live:
+        pass
+    assert [json.loads(line)["message"] for line in live.log] == [f"Inferway listens on {live.url}"]
