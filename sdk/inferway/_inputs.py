@@ -224,9 +224,9 @@ def _of_sequence(value: Sequence[object], spec: TensorSpec | None, where: str) -
             if all(isinstance(number, int | np.integer) for number in numbers.flat):
                 return numbers.astype(np.uint64)
         return found
+    except InvalidInputError:
+        raise
     except (ValueError, OverflowError, TypeError) as error:
-        if isinstance(error, InvalidInputError):
-            raise
         raise InvalidInputError(f"{where} got nested values of unequal length or kind, which make no array") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -95,7 +96,7 @@ async def test_bf16_survives_from_every_origin(side: Side, client: Any) -> None:
     values = np.array([[1.5, -2.0, math.nan, math.inf]], np.float32)
     brain = values.astype(ml_dtypes.bfloat16)
     for given in (values, values.astype(np.float64), brain, brain.view(np.uint16), values.tolist()):
-        found = (await side(lambda given=given: client.infer("bf16", given))).output
+        found = (await side(partial(client.infer, "bf16", given))).output
         assert found.dtype == np.float32
         assert np.array_equal(found, values, equal_nan=True)
 
@@ -119,7 +120,7 @@ async def test_people_hand_over_what_they_hold(side: Side, client: Any) -> None:
     wanted = (await side(lambda: client.model("optional").predict({"x": rows}))).tolist()
     assert wanted == (rows * 2).tolist()
     for given in (rows.tolist(), pd.DataFrame(rows, columns=names), pl.DataFrame(rows, schema=names), rows.astype(int)):
-        assert (await side(lambda given=given: client.model("optional").predict(given))).tolist() == wanted
+        assert (await side(partial(client.model("optional").predict, given))).tolist() == wanted
     scaled = await side(lambda: client.model("optional").predict({"x": rows[0], "scale": 3}))
     assert scaled.tolist() == [(rows[0] * 3).tolist()]
     words = await side(lambda: client.model("strings").predict([["a\x00", "", "é"]]))
@@ -266,12 +267,12 @@ async def test_a_key_lives_and_ends(side: Side, client: Any) -> None:
 
 
 async def test_the_list_of_keys_has_every_page(side: Side, client: Any) -> None:
-    made = {(await side(lambda n=n: client.keys.create(f"page-{n}", ["infer"]))).id for n in range(5)}
+    made = {(await side(partial(client.keys.create, f"page-{n}", ["infer"]))).id for n in range(5)}
     listed = [record.id for record in await side.all(client.keys.list(page_size=2))]
     assert made <= set(listed)
     assert len(listed) == len(set(listed))
     for key_id in made:
-        await side(lambda key_id=key_id: client.keys.revoke(key_id))
+        await side(partial(client.keys.revoke, key_id))
 
 
 # --- health ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,9 @@ async def test_a_signature_is_fetched_once_for_all_handles_of_a_model(side: Side
     server.serve_simple()
     client = side.client(server.url)
     for one in (client, client.with_options(timeout=5)):
-        await side(lambda one=one: one.infer("simple", [1, 2]))
-        await side(lambda one=one: one.model("simple").predict([1, 2]))
-        await side(lambda one=one: one.model("simple").signature())
+        await side(partial(one.infer, "simple", [1, 2]))
+        await side(partial(one.model("simple").predict, [1, 2]))
+        await side(one.model("simple").signature)
     assert len(gets(server)) == 1
     await side(lambda: client.infer("simple", [1, 2], version=1))
     assert len(gets(server)) == 2, "a version has a signature of its own"
@@ -66,7 +67,7 @@ async def test_inputs_are_checked_before_they_are_sent(side: Side, server: Scrip
         ([1e300, 0], "cannot hold"),
     ):
         with pytest.raises(InvalidInputError, match=match):
-            await side(lambda wrong=wrong: handle.infer(wrong))
+            await side(partial(handle.infer, wrong))
     with pytest.raises(InvalidInputError, match="'n' is no output of simple, expected 'y'"):
         await side(lambda: handle.infer([1, 2], outputs=["n"]))
     assert posts(server) == []
@@ -275,7 +276,7 @@ async def test_answers_alike_to_the_byte_are_read_from_memory_with_their_own_val
 ) -> None:
     server.serve_simple()
     client = side.client(server.url)
-    results = [await side(lambda n=n: client.infer("simple", [n, -n])) for n in range(3)]
+    results = [await side(partial(client.infer, "simple", [n, -n])) for n in range(3)]
     assert [result["y"].tolist() for result in results] == [[[n, -n]] for n in range(3)]
     assert len({id(result._head) for result in results}) == 1
 

@@ -97,7 +97,7 @@ def test_every_public_name_is_there_and_declared_to_type_checkers() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'inferway' has no attribute 'Infraway'"):
-        _ = inferway.Infraway  # type: ignore[attr-defined]
+        _ = inferway.Infraway
 
 
 def test_the_version_is_that_of_the_project() -> None:

@@ -261,7 +261,7 @@ async def test_copies_of_a_client_share_its_budget_until_they_change_the_policy(
     for one in (client, twin, other):
         before = len(server.seen)
         with pytest.raises(inferway.QueueFullError):
-            await side(lambda one=one: one.models.list())
+            await side(one.models.list)
         sent.append(len(server.seen) - before)
     assert sent == [1, 1, 2] or sent == [2, 1, 2]
 

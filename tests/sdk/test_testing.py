@@ -119,9 +119,9 @@ async def test_failures_come_when_they_are_asked_for(mocked: Mocked, gateway: Mo
     gateway.fail(code="internal", should_retry=True)
     assert (await mocked(lambda: client.infer("double", [1, 2]))).attempts == 2
     gateway.fail(code="made_up", status_code=418)
-    with pytest.raises(inferway.APIStatusError) as caught:
+    with pytest.raises(inferway.APIStatusError) as other:
         await mocked(lambda: client.infer("double", [1, 2]))
-    assert (caught.value.status_code, caught.value.code) == (418, "made_up")
+    assert (other.value.status_code, other.value.code) == (418, "made_up")
     assert [call.status_code for call in gateway.calls].count(0) == 1, "the broken connection"
     gateway.is_ready = False
     assert await mocked(lambda: client.health.ready()) is False

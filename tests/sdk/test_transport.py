@@ -6,6 +6,8 @@ import asyncio
 import gc
 import json
 import os
+import pickle
+import shutil
 import socket
 import ssl
 import subprocess
@@ -13,8 +15,9 @@ import sys
 import threading
 import time as real_time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,7 @@ def test_a_deadline_is_a_number_that_knows_what_is_left() -> None:
     now[0] = 200.0
     assert limit.left() == 0.001, "0 would mean not to wait at all"
     assert Deadline(1.0, 105.0, lambda: 100.0, 1.0).left() == 1.0
+    assert pickle.loads(pickle.dumps(limit)) == 5.0, "a number to everybody else"
 
 
 def test_the_parts_of_a_limit_never_exceed_the_whole() -> None:
@@ -406,6 +410,59 @@ async def test_connections_are_kept(side: Side, server: ScriptedServer) -> None:
     for _ in range(5):
         await side(lambda: client.models.list())
     assert server.connections == 1
+
+
+# --- TLS ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a key and a certificate for 127.0.0.1 that only this run knows."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl command")
+    folder = tmp_path_factory.mktemp("tls")
+    made = folder / "both.pem"
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=inferway test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        [*command, "-keyout", str(folder / "key"), "-out", str(folder / "cert")], check=True, capture_output=True
+    )
+    made.write_text((folder / "key").read_text() + (folder / "cert").read_text())
+    return made
+
+
+@pytest.fixture
+def secure(certificate: Path) -> Iterator[ScriptedServer]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    made = ScriptedServer(context)
+    yield made
+    made.stop()
+
+
+async def test_https_works_with_a_certificate_that_is_known(
+    side: Side, secure: ScriptedServer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    secure.serve_simple()
+    client = side.client(secure.url, api_key=KEY)
+    big = np.ones((200_000, 2), np.float32)
+    for inputs in ([1, 2], big):
+        assert (await side(partial(client.infer, "simple", inputs)))["y"].shape[1] == 2
+    assert secure.connections == 1
+    secure.otherwise = lambda _: Answer(hang=True)
+    with pytest.raises(inferway.APITimeoutError):
+        await side(lambda: client.models.list(timeout=0.3))
+
+
+async def test_a_certificate_that_nobody_knows_stops_everything(side: Side, secure: ScriptedServer) -> None:
+    client = side.client(secure.url, api_key=KEY, retry=ONCE)
+    with pytest.raises(inferway.APIConnectionError, match="could not connect") as caught:
+        await side(lambda: client.models.list())
+    assert caught.value.sent is False
+    assert "ertificate" in str(caught.value)
+    assert secure.seen == [], "the key was not sent"
 
 
 # --- a caller's own client ---------------------------------------------------------------------------------------
