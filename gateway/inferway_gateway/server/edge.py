@@ -57,6 +57,8 @@ class Edge:
         self.incomplete_bytes = 0
         self.draining = False
         self.now = 0.0
+        self.idle_until = 0.0
+        """Until when a connection that becomes idle now may be so."""
         self.good_hosts: set[bytes] = set()
         self.heads: dict[int, bytes] = {}
         """Status to the first lines of an answer, with the date; emptied once a second."""
@@ -88,6 +90,7 @@ class Edge:
         now = self._loop.time()
         self.stats.lag.observe(max(0.0, now - self._due))
         self.now = now + self.limits.tick_s
+        self.idle_until = self.first_deadline(self.limits.keep_alive_s)
         if now - self._date_at >= 1.0:
             self._date_at = now
             self._date = formatdate(usegmt=True).encode("ascii")
@@ -117,6 +120,7 @@ class Edge:
         """Count a new connection; False: there is no room for it."""
         stats, limits = self.stats, self.limits
         stats.accepted += 1
+        connection.number = stats.accepted
         room = True
         if len(self.connections) >= limits.connections:
             room = self._evict(self.connections, _EVICT_AT_ONCE)
@@ -159,7 +163,7 @@ class Edge:
         for connection in among:
             since = connection.waiting_since()
             if since is not None:
-                waiting.append((connection.idle, since, id(connection), connection))
+                waiting.append((connection.idle, since, connection.number, connection))
         for _, _, _, connection in heapq.nsmallest(min(count, max(1, len(waiting) // 8)), waiting):
             self.stats.evicted += 1
             connection.evict()
@@ -172,6 +176,7 @@ class Edge:
         assert self._loop is not None
         self.draining = True
         self._grace_end = self._loop.time() + idle_grace_s
+        self.idle_until = self.first_deadline(self.limits.keep_alive_s)
         for connection in self.connections:
             connection.hurry(self._grace_end)
         if not self.connections and self._empty is not None:

@@ -40,8 +40,6 @@ class EdgeLimits:
     keep_alive_s: float = 75.0
     """How long a connection may be idle. Longer than the pools of the usual clients keep one, so that it is they who
     close it and no request runs into a closing connection."""
-    pipelined: int = 256
-    """Requests that may wait behind the one at work on one connection; 400 beyond it."""
     linger_s: float = 5.0
     """How long a connection that we close goes on reading and throwing away what the peer is still sending. Without it
     the kernel answers those bytes with a reset, and the peer loses the answer that says why."""

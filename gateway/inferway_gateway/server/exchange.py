@@ -1,0 +1,400 @@
+"""One request and its answer: what an application's ``receive`` and ``send`` do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+from collections.abc import Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Final, cast
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIReceiveEvent, ASGISendEvent, HTTPScope
+
+    from .protocol import EdgeProtocol
+
+logger = logging.getLogger("inferway.edge")
+
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_FIELD_NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NAMES_REMEMBERED: Final = 256
+_labels: dict[bytes, bytes] = {}
+"""Checked names of response headers to the bytes that stand before their values."""
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"connection"})
+_CONTENT_LENGTH: Final = b"\r\ncontent-length: "
+_JOIN_BELOW_BYTES: Final = 64 * 1024
+"""Head and body up to this size are joined: copying them is cheaper than an output vector."""
+_BYTES_UP_TO: Final = 128 * 1024
+"""Bodies that came in several parts are given as ``bytes`` up to this size, for applications that expect them; longer
+ones as a ``memoryview``: copying those would take longer than everything else."""
+_UNREAD_LIMIT_BYTES: Final = 256 * 1024
+"""A connection whose application answers without reading lives on if no more than this of the body is missing."""
+_CHUNKED: Final = -1
+_UNTIL_CLOSE: Final = -2
+_NO_BODY: Final = -3
+_NOTHING: Final = object()
+
+
+class Exchange:
+    """One request and its answer; ``receive`` and ``send`` are what the application is given."""
+
+    # Defaults live in the class: most requests never touch them, and an instance costs what its __init__ assigns.
+    task: asyncio.Task[None] | None = None
+    # The request.
+    received = 0
+    body: bytes | memoryview = b""
+    parts: bytearray | None = None  # of a body that came in several reads
+    complete = False
+    late = False  # the body was not complete at once
+    wanted = False  # the application asked for the body
+    sunk = False  # the rest of the body goes straight into its memory
+    delivered = False
+    expects = False  # the peer waits for 100 Continue
+    upgrade = False  # it offered another protocol, and the parser stopped at its headers
+    held = 0  # bytes counted in Edge.incomplete_bytes
+    fed = 0  # bytes of a chunked body with its framing
+    chunks = 0
+    align_at = 0  # position in the body that should be aligned in memory
+    old = False  # HTTP/1.0
+    waiters: list[asyncio.Future[None]] | None = None
+    # The answer.
+    status = 0
+    response_headers: Iterable[tuple[bytes, bytes]] = ()
+    started = False
+    finished = False
+    left = 0  # bytes that Content-Length still promises, or one of the three below
+    ours = False  # it is we who want to close the connection
+
+    def __init__(self, connection: EdgeProtocol, scope: HTTPScope, length: int, keep_alive: bool) -> None:
+        self.connection = connection
+        self.scope = scope
+        self.length = length  # declared, -1 for a chunked body
+        self.keep_alive = keep_alive
+
+    # --- the application's side ------------------------------------------------------------------------------------
+
+    async def run(self, app: Any) -> None:
+        """Call the application and make sure that the caller gets an end."""
+        try:
+            await app(self.scope, self.receive, self.send)
+        except asyncio.CancelledError:
+            self._fail(503, "shutting_down", "the gateway shuts down and could not wait for this request any longer")
+        except Exception as error:
+            connection = self.connection
+            if connection.gone or connection.eof:
+                # A caller that leaves is no defect: Starlette raises ClientDisconnect when it sees that.
+                if not isinstance(error, OSError) and type(error).__name__ != "ClientDisconnect":
+                    logger.warning("a request failed after its caller had gone: %s", type(error).__name__)
+                self._fail(500, "internal", "")
+            else:
+                name = request_id(self)
+                logger.error("the application failed", exc_info=error, extra={"request_id": name})
+                self._fail(500, "internal", "internal error; the gateway's log has the details", name)
+        else:
+            if not self.finished:
+                self._unfinished()
+
+    def _unfinished(self) -> None:
+        connection = self.connection
+        if not (connection.gone or connection.eof):
+            logger.error("the application returned without a complete answer")
+        self._fail(500, "internal", "internal error: no answer was made")
+
+    def _fail(self, status: int, code: str, message: str, name: str = "") -> None:
+        connection = self.connection
+        if self.finished:
+            return
+        self.finished = True
+        if connection.closing or connection.active is not self:
+            return
+        if self.started or connection.eof:
+            connection.abort() if self.started else connection.close()
+            return
+        connection.deaf = True
+        connection.write_refusal(status, error_answer(status, code, message, name or request_id(self)))
+
+    async def receive(self) -> ASGIReceiveEvent:
+        connection = self.connection
+        if not self.delivered:
+            if not self.complete:
+                await self._wait_for_body()
+            if self.complete and not self.finished and not connection.gone:
+                self.delivered = True
+                body, self.body = self.body, b""
+                return {"type": "http.request", "body": cast(bytes, body), "more_body": False}
+        while not (self.finished or connection.eof or connection.gone):
+            await self._wait()
+        return {"type": "http.disconnect"}
+
+    async def receive_too_much(self) -> ASGIReceiveEvent:
+        """Stands in for ``receive`` where the declared body is beyond the limit: whoever asks for it refuses it."""
+        connection = self.connection
+        if not self.finished:
+            limit = connection.edge.limits.body_bytes
+            words = f"expected a body of at most {limit} bytes, got {self.length}"
+            connection.refuse(413, "payload_too_large", words, exchange=self)
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: ASGISendEvent) -> None:
+        connection = self.connection
+        if connection.write_paused:
+            await self._writable()
+        if self.finished or connection.closing:
+            return  # nobody is left to read it
+        if message["type"] == "http.response.body":
+            body: bytes | memoryview = message.get("body", b"")
+            if type(body) is not bytes:
+                body = memoryview(body).cast("B")
+            size = len(body)
+            more = message.get("more_body", False)
+            transport = connection.transport
+            if not self.started:
+                if not self.status:
+                    raise RuntimeError("expected http.response.start, got http.response.body")
+                head = self._head(size, more)
+                if self.left >= 0:
+                    self._spend(size, more)
+                self.started = True
+                if self.left == _CHUNKED:
+                    transport.write(head)
+                    self._write_chunk(body, more)
+                elif self.left == _NO_BODY or not size:
+                    transport.write(head)
+                elif size < _JOIN_BELOW_BYTES:
+                    transport.write(head + body)
+                else:
+                    transport.writelines((head, body))
+            elif self.left == _CHUNKED:
+                self._write_chunk(body, more)
+            elif self.left != _NO_BODY:
+                if self.left >= 0:
+                    self._spend(size, more)
+                transport.write(body)
+            if not more:
+                self.finished = True
+                if self.waiters is not None:
+                    self.wake()
+                connection.edge.stats.requests += 1
+                connection.done(self)
+        elif message["type"] == "http.response.start":
+            if self.status:
+                raise RuntimeError("expected http.response.body, got a second http.response.start")
+            self.status = message["status"]
+            self.response_headers = message.get("headers", ())
+        else:
+            raise RuntimeError(f"expected an http.response message, got {message['type']!r}")
+
+    def _head(self, size: int, more: bool) -> bytes:
+        """The head of the answer, and with it how its body is framed and whether the connection lives on."""
+        connection = self.connection
+        edge = connection.edge
+        status = self.status
+        parts = [edge.heads.get(status) or edge.head(status)]
+        declared = -1
+        count = 0
+        for name, value in self.response_headers:
+            label = _labels.get(name)
+            if label is None:
+                if name == b"content-length":
+                    label = _CONTENT_LENGTH
+                    declared = int(value)
+                else:
+                    label = _label(name)
+                    lowered = name.lower()
+                    if lowered == b"content-length":
+                        declared = int(value)
+                    elif lowered == b"transfer-encoding":
+                        continue  # framing is ours
+                    elif lowered == b"connection":
+                        if b"close" in [token.strip() for token in value.lower().split(b",")]:
+                            self.keep_alive = False
+                            self.ours = True
+                        continue
+            parts.append(label)
+            parts.append(value)
+            count += 1
+        if status in (204, 304) or self.scope["method"] == "HEAD":
+            self.left = _NO_BODY
+        elif declared >= 0:
+            self.left = declared
+        elif not more:
+            self.left = size
+            parts.append(b"\r\ncontent-length: %d" % size)
+            count += 1
+        elif self.old:
+            self.left = _UNTIL_CLOSE
+            self.keep_alive = False
+        else:
+            self.left = _CHUNKED
+            parts.append(b"\r\ntransfer-encoding: chunked")
+            count += 1
+        if not self.complete and (self.expects or self.length < 0 or self.length - self.received > _UNREAD_LIMIT_BYTES):
+            # The rest of the body is not worth its reading, or may never come: no request can follow it safely.
+            self.keep_alive = False
+            self.ours = True
+        if edge.draining or connection.eof:
+            self.keep_alive = False
+            self.ours = True
+        if not self.keep_alive:
+            parts.append(b"\r\nconnection: close")
+            count += 1
+        elif self.old:
+            parts.append(b"\r\nconnection: keep-alive")
+            count += 1
+        parts.append(b"\r\n\r\n")
+        head = b"".join(parts)
+        # Status line and date, one line a header, the empty one: any further line end was smuggled in by a value.
+        if head.count(b"\n") != count + 3 or head.count(b"\r") != count + 3 or b"\0" in head:
+            raise RuntimeError("expected response headers without line ends or NUL")
+        return head
+
+    def _write_chunk(self, body: bytes | memoryview, more: bool) -> None:
+        parts: list[bytes | memoryview] = [b"%x\r\n" % len(body), body, b"\r\n"] if len(body) else []
+        if not more:
+            parts.append(b"0\r\n\r\n")
+        if parts:
+            self.connection.transport.writelines(parts)
+
+    def _spend(self, size: int, more: bool) -> None:
+        """Hold the application to its Content-Length: a peer would take the rest for the next answer."""
+        left = self.left - size
+        if left < 0 or (left and not more):
+            raise RuntimeError(f"expected a body as long as Content-Length says, got one that differs by {-left} bytes")
+        self.left = left
+
+    async def _writable(self) -> None:
+        connection = self.connection
+        while connection.write_paused and not connection.gone:
+            writer = connection.loop.create_future()
+            connection.writers.append(writer)
+            await writer
+
+    # --- the connection's side -------------------------------------------------------------------------------------
+
+    async def _wait_for_body(self) -> None:
+        connection = self.connection
+        if not self.wanted:
+            self.wanted = True
+            connection.expect_body()
+            if self.expects and not connection.closing:
+                self.expects = False
+                connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if connection.receiving is self and not connection.deaf:
+                connection.flow(self)
+        while not (self.complete or self.finished or connection.eof or connection.gone):
+            await self._wait()
+
+    async def _wait(self) -> None:
+        waiter = self.connection.loop.create_future()
+        if self.waiters is None:
+            self.waiters = []
+        self.waiters.append(waiter)
+        await waiter
+
+    def wake(self) -> None:
+        waiters, self.waiters = self.waiters, None
+        if waiters is not None:
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def hold(self, size: int) -> None:
+        """Count bytes of the incomplete body. This may end the request, where others need the memory."""
+        if not self.finished:
+            self.held += size
+            self.connection.edge.holds(size)
+
+    def gather(self) -> None:
+        """Put the parts of a body together, and stop to count it as incomplete."""
+        self.connection.edge.holds(-self.held)
+        self.held = 0
+        parts, self.parts = self.parts, None
+        if self.finished:
+            self.body = b""
+        elif parts is not None:
+            self.body = bytes(parts) if len(parts) <= _BYTES_UP_TO else memoryview(parts)
+
+    # --- the stand-in for a task that a fast request has until it first waits ---------------------------------------
+
+    def cancel(self, msg: Any = None) -> bool:
+        return self.task is not None and self.task.cancel(msg)
+
+    def cancelling(self) -> int:
+        return 0 if self.task is None else self.task.cancelling()
+
+    def uncancel(self) -> int:
+        return 0 if self.task is None else self.task.uncancel()
+
+    def done(self) -> bool:
+        return self.finished
+
+    def get_name(self) -> str:
+        return "inferway-request"
+
+
+class Begun(Coroutine[Any, Any, None]):
+    """A coroutine that was begun outside a task, for a task to go on with.
+
+    ``awaited`` is what it waited for when it was left; the task is given that first.
+    """
+
+    __slots__ = ("awaited", "work")
+
+    def __init__(self, work: Coroutine[Any, Any, None], awaited: object) -> None:
+        self.work = work
+        self.awaited = awaited
+
+    def send(self, value: Any) -> Any:
+        awaited = self.awaited
+        if awaited is not _NOTHING:
+            self.awaited = _NOTHING
+            return awaited
+        return self.work.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        self.awaited = _NOTHING
+        return self.work.throw(*error)
+
+    def close(self) -> None:
+        self.work.close()
+
+    def __await__(self) -> Any:  # pragma: no cover - asked for by the abstract class; a task calls send and throw
+        return self.work.__await__()
+
+
+def _label(name: bytes) -> bytes:
+    """What stands before the value of a response header."""
+    lowered = name.lower()
+    if not _FIELD_NAME.fullmatch(lowered):
+        raise RuntimeError("expected the name of a response header to be a token")
+    label = b"\r\n" + lowered + b": "
+    if lowered not in _FRAMING and len(_labels) < _NAMES_REMEMBERED:
+        _labels[name] = label
+    return label
+
+
+def request_id(exchange: Exchange | None) -> str:
+    if exchange is not None:
+        for name, value in exchange.scope["headers"]:
+            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+                return value.decode("ascii")
+    return secrets.token_hex(12)
+
+
+def error_answer(status: int, code: str, message: str, name: str) -> bytes:
+    """What follows the date of an answer that the edge makes itself."""
+    body = json.dumps({"error": message, "code": code, "request_id": name}, separators=(",", ":")).encode()
+    retry = status in (408, 503)
+    return b"".join(
+        (
+            b"\r\ncontent-type: application/json\r\ncontent-length: %d" % len(body),
+            b"\r\nx-request-id: ",
+            name.encode("ascii"),
+            b"\r\nx-should-retry: true" if retry else b"\r\nx-should-retry: false",
+            b"\r\nretry-after: 1" if status == 503 else b"",
+            b"\r\nx-content-type-options: nosniff\r\ncache-control: no-store\r\nconnection: close\r\n\r\n",
+            body,
+        )
+    )
