@@ -19,6 +19,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from ..core.batcher import InferenceRequest
 from ..core.errors import InvalidParameterError, InvalidTensorError, MalformedRequestError, PayloadTooLargeError
 from ..core.tensors import DTYPES, MAX_RANK, Signature, TensorSpec
 
@@ -60,26 +61,18 @@ class OutputForm:
 
 
 @dataclass(slots=True)
-class DecodedRequest:
-    """An inference request after its bytes: arrays by input name, and what was asked of the outputs.
+class DecodedRequest(InferenceRequest):
+    """An inference request after its bytes: what the core is asked, and how the answer is to be written.
+
+    ``inputs`` may share memory with the body. ``rows`` and ``deadline`` are for the caller of ``decode`` to set.
 
     Attributes:
-        inputs: arrays with the dtypes of ``DTYPES``; they may share memory with the body.
-        outputs: names of the wanted outputs, never empty.
         forms: one per name of ``outputs``; None is the same as all JSON.
         id: echoed in the answer; None where the request had none.
-        priority: 0 is the model's default.
-        timeout_s: how long the request may queue; None where it names none.
-        nbytes: payload bytes of all inputs.
     """
 
-    inputs: dict[str, NDArray[Any]]
-    outputs: tuple[str, ...]
-    forms: tuple[OutputForm, ...] | None
-    id: str | None
-    priority: int
-    timeout_s: float | None
-    nbytes: int
+    forms: tuple[OutputForm, ...] | None = None
+    id: str | None = None
 
 
 class SignatureCodec:
@@ -90,7 +83,17 @@ class SignatureCodec:
         signature: the version's inputs and outputs.
     """
 
-    __slots__ = ("_few_parts", "_head", "_outputs", "_shapes", "_takes_strings", "name", "output_names", "signature")
+    __slots__ = (
+        "_few_parts",
+        "_head",
+        "_inputs",
+        "_outputs",
+        "_shapes",
+        "_takes_strings",
+        "name",
+        "output_names",
+        "signature",
+    )
 
     def __init__(self, name: str, version: str, signature: Signature) -> None:
         self.name = name
@@ -100,6 +103,7 @@ class SignatureCodec:
         self._outputs: dict[str, tuple[TensorSpec, bytes, bytes]] = {
             s.name: (s, *_output_prefixes(s.name, s.datatype)) for s in signature.outputs
         }
+        self._inputs = {s.name: s for s in signature.inputs}
         self._shapes: dict[tuple[int, ...], bytes] = {}
         self._few_parts = 3 + 6 * len(signature.outputs)
         self._takes_strings = any(s.datatype == "BYTES" for s in signature.inputs)
@@ -152,6 +156,7 @@ class SignatureCodec:
         arrays: dict[str, NDArray[Any]] = {}
         offset = 0
         nbytes = 0
+        known = self._inputs
         for item in inputs:
             if type(item) is not dict:
                 raise MalformedRequestError(f"expected each of 'inputs' to be an object, got {_kind(item)}")
@@ -160,7 +165,7 @@ class SignatureCodec:
                 raise MalformedRequestError(f"expected 'name' of an input to be a string, got {_kind(name)}")
             if name in arrays:
                 raise InvalidTensorError(f"input '{name}' already exists in request")
-            spec = self.signature.input(name)
+            spec = known.get(name) or self.signature.input(name)
             shape = item.get("shape")
             if type(shape) is not list:
                 raise InvalidTensorError(f"input '{name}' expects 'shape' as an array of integers, got {_kind(shape)}")
@@ -226,7 +231,7 @@ class SignatureCodec:
             forms = tuple([OutputForm(True)] * len(names)) if binary_default else None
         else:
             names, forms = self._wanted(wanted)
-        return DecodedRequest(arrays, names, forms, id_, priority, timeout_s, nbytes)
+        return DecodedRequest(arrays, names, 1, nbytes, priority, None, timeout_s, forms, id_)
 
     def _wanted(self, wanted: Any) -> tuple[tuple[str, ...], tuple[OutputForm, ...]]:
         if type(wanted) is not list:
@@ -303,7 +308,7 @@ class SignatureCodec:
             value = _from_binary(spec.name, spec.datatype, shape, _count(spec.name, shape), view)
         names = self.output_names
         forms = tuple([OutputForm(True)] * len(names))
-        return DecodedRequest({spec.name: value}, names, forms, None, 0, None, len(view))
+        return DecodedRequest({spec.name: value}, names, 1, len(view), forms=forms)
 
     # ------------------------------------------------------------------ answers
 

@@ -172,7 +172,7 @@ def test_a_long_answer_comes_in_pieces_with_the_length_of_its_header() -> None:
     signature = Signature((), tuple(TensorSpec(n, "FP32", (-1,)) for n in "abc"))
     c = SignatureCodec("m", "1", signature)
     long, short = np.arange(200_000, dtype=np.float32), np.ones(3, np.float32)
-    request = DecodedRequest({}, ("a", "b", "c"), None, "7", 0, None, 0)
+    request = DecodedRequest({}, ("a", "b", "c"), 1, 0, id="7")
     parts, length = c.encode(request, [short, long, short])
     assert length is None
     assert max(map(len, parts)) < 1 << 20
@@ -193,7 +193,7 @@ def test_what_takes_long_is_known_before_it_is_done() -> None:
     assert numbers.decodes_long(1 << 26, OFF_LOOP_JSON_BYTES + 1)
     assert strings.decodes_long(1 << 26, 100)
     large, small = np.zeros(OFF_LOOP_ELEMENTS + 1, np.float32), np.zeros(OFF_LOOP_ELEMENTS, np.float32)
-    text = DecodedRequest({}, ("y",), None, None, 0, None, 0)
+    text = DecodedRequest({}, ("y",), 1, 0)
     assert not numbers.encodes_long(text, [small])
     assert numbers.encodes_long(text, [large])
     assert not numbers.encodes_long(replace(text, forms=(OutputForm(True),)), [large])
@@ -240,7 +240,7 @@ def test_id_priority_and_timeout_are_read() -> None:
     request = codec().decode(
         one("INT32", [1, 2], [1, 2], id="abc", parameters={"priority": 2, "timeout": 1500}), None, LIMIT
     )
-    assert (request.id, request.priority, request.timeout_s) == ("abc", 2, 0.0015)
+    assert (request.id, request.priority, request.queue_timeout_s) == ("abc", 2, 0.0015)
     assert answer(codec(), request, request.inputs["x"])[0]["id"] == "abc"
 
 

@@ -38,6 +38,9 @@ class OnnxSession:
 
     def __init__(self, session: Any, name: str, layout: Layout) -> None:
         self._ort = session
+        # What ``InferenceSession.run`` adds to the compiled session is a check of the inputs' names, which
+        # ``Signature.check`` has done, and of ownership, which concerns OrtValues: 1.5 µs of a run of 5.
+        self._run_plain = getattr(session, "_sess", session).run
         self._name = name
         self._reshapes = layout.reshapes
         self._named_row_inputs = layout.row_inputs
@@ -68,7 +71,7 @@ class OnnxSession:
             options = self._run_options(nbytes, handle)
         try:
             if self._plain:
-                found: list[NDArray[Any]] = self._ort.run(outputs, inputs, options)
+                found: list[NDArray[Any]] = self._run_plain(outputs, inputs, options)
                 return found
             return self._run_mapped(inputs, outputs, options)
         except Exception as error:
@@ -82,7 +85,7 @@ class OnnxSession:
     def close(self) -> None:
         """Drop the runtime's session and give its memory back to the system. Idempotent; never during a run."""
         if self._ort is not None:
-            self._ort = None
+            self._ort = self._run_plain = None
             memory.trim()
 
     def _run_options(self, nbytes: int, handle: RunHandle | None) -> Any:
