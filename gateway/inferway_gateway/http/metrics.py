@@ -69,7 +69,8 @@ class Metrics:
         self._routes: set[str | None] = set()
         self._registry = CollectorRegistry()
         self._registry.register(_Service(self._requests, edge))
-        self._registry.register(_Models(models, max(1, (max_series - _SERIES_BESIDES) // _SERIES_PER_MODEL)))
+        self._models = _Models(models, max(1, (max_series - _SERIES_BESIDES) // _SERIES_PER_MODEL))
+        self._registry.register(self._models)
         ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
 
@@ -95,12 +96,14 @@ class Metrics:
         key = (route, status)
         self._requests[key] = self._requests.get(key, 0) + 1
 
-    def render(self, accept: str) -> tuple[bytes, str]:
+    def render(self, accept: str, sees: Callable[[str], bool] = lambda _: True) -> tuple[bytes, str]:
         """All metrics and their content type.
 
         Args:
             accept: the request's Accept header; OpenMetrics 1.0 where it names that, else Prometheus text 0.0.4.
+            sees: tells of a model's name whether it exists for whoever asks. Models that do not are left out.
         """
+        self._models.sees = sees
         if any(part.partition(";")[0].strip().lower() == OPENMETRICS for part in accept.split(",")):
             rendered: bytes = openmetrics.generate_latest(self._registry)  # type: ignore[no-untyped-call]  # has no types
             return rendered, openmetrics.CONTENT_TYPE_LATEST
@@ -181,6 +184,7 @@ class _Models(Collector):
         self._models = models
         self._room = room
         self._known: dict[tuple[str, int], None] = {}
+        self.sees: Callable[[str], bool] = lambda _: True
 
     def _groups(self) -> list[tuple[tuple[str, str], ModelStats, bool]]:
         """Labels, statistics and readiness of what is shown; who has labels of its own keeps them while it is held."""
@@ -192,10 +196,10 @@ class _Models(Collector):
             if key not in self._known:
                 if len(self._known) < self._room:
                     self._known[key] = None
-                else:
+                elif self.sees(key[0]):
                     others.append(stats)
                     other_ready = other_ready and ready
-        groups = [((name, str(number)), *held[name, number]) for name, number in self._known]
+        groups = [((name, str(number)), *held[name, number]) for name, number in self._known if self.sees(name)]
         if others:
             groups.append(((OTHER, ""), _sum(others), other_ready))
         return groups

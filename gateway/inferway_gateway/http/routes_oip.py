@@ -55,7 +55,8 @@ async def server_metadata(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    body, content_type = request.scope["state"]["metrics"].render(request.headers.get("accept", ""))
+    sees = _principal(request).sees
+    body, content_type = request.scope["state"]["metrics"].render(request.headers.get("accept", ""), sees)
     return Response(body, media_type=content_type)
 
 

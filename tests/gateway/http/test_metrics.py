@@ -188,6 +188,15 @@ def test_models_beyond_the_bound_are_added_up_and_the_others_keep_their_labels()
     assert shown() == {"0": 8, "other": 24}
 
 
+def test_models_that_somebody_does_not_see_are_not_even_in_the_sum_of_the_others() -> None:
+    held = {name: busy_stats() for name in ("a", "b", "c", "d")}
+    metrics = Metrics(lambda: [(name, 1, stats, True) for name, stats in held.items()], max_series=1)
+    assert samples(metrics)
+    shown = parse_text(metrics.render("", lambda name: name in ("b", "c"))[0].decode())
+    rows = [s for f in shown for s in f.samples if s.name == "inferway_inferences_total"]
+    assert [(s.labels["model"], s.value) for s in rows] == [("other", 16)]
+
+
 def test_an_odd_status_makes_no_series_of_its_own() -> None:
     metrics = Metrics(list)
     for status in (0, 42, 999, 1000):

@@ -6,6 +6,7 @@ The table is written here a second time, by hand, so that a route which loses it
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -125,6 +126,8 @@ def test_a_key_infers_and_lists_within_its_patterns_only(gateway: LiveGateway) -
     assert gateway.call("GET", "/v2/models", key=key)[1] == {"models": ["add_one"]}
     assert {e["name"] for e in gateway.call("POST", "/v2/repository/index", b"", key=key)[1]} == {"add_one"}
     assert {s["name"] for s in gateway.call("GET", "/v2/models/stats", key=key)[1]["model_stats"]} == {"add_one"}
+    assert set(re.findall(r'model="([^"]*)"', gateway.call("GET", "/metrics", key=key)[1])) == {"add_one"}
+    assert 'model="simple"' in gateway.call("GET", "/metrics")[1]
 
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
