@@ -457,6 +457,7 @@ class Authenticator:
         self._reads: set[asyncio.Task[None]] = set()
         self._retry_at = -math.inf
         self._evicted_used: dict[str, float] = {}
+        self._missed_peppers: set[int] = set()
         self._timers: list[asyncio.Task[NoReturn]] = []
 
     def authenticate_cached(self, presented: str | bytes) -> Principal | None:
@@ -493,12 +494,15 @@ class Authenticator:
         if known_form is None:
             raise UnauthenticatedError(_REFUSED)
         key_id = known_form.encode("ascii")
+        arrived = self._monotonic()
         while True:
             now = self._monotonic()
             entry = self._entries.get(key_id)
-            if entry is not None and now < entry.lapses_at:
+            # What was read after the request came is news enough, also where a read takes longer than the ttl.
+            if entry is not None and (now < entry.lapses_at or entry.read_at >= arrived):
                 return self._verified(entry, raw)
-            if now < self._unknown.get(key_id, -math.inf):
+            read_at = self._unknown.get(key_id, -math.inf)
+            if now < read_at + self._ttl_s or read_at >= arrived:
                 return self._verified(self._nobody, raw)
             if now < self._retry_at:
                 if entry is not None and now < entry.read_at + self._grace_s:
@@ -578,10 +582,13 @@ class Authenticator:
         )
         digest = self._peppers.digest(version, raw)
         if digest is None:
-            # Not the caller's fault, and only the operator can help it; the caller is told nothing.
-            _log.error(
-                "key %s was made with pepper version %d, which is not configured", entry.principal.key_id, version
-            )
+            # Not the caller's fault, and only the operator can help it; the caller is told nothing. Logged once for
+            # each version: a caller may come as often as it likes, with no more than the key's id.
+            if version not in self._missed_peppers:
+                self._missed_peppers.add(version)
+                _log.error(
+                    "key %s was made with pepper version %d, which is not configured", entry.principal.key_id, version
+                )
             raise UnauthenticatedError(_REFUSED)
         wall = self._wall()
         if not hmac.compare_digest(digest, expected) or wall >= entry.expires_at:
@@ -627,7 +634,7 @@ class Authenticator:
         if record is None:
             self._entries.pop(key_id, None)
             _make_room(self._unknown, self._capacity)
-            self._unknown[key_id] = read_at + self._ttl_s
+            self._unknown[key_id] = read_at
             return
         entry = self._entries.get(key_id)
         if entry is None:

@@ -458,6 +458,32 @@ class TestAuthenticating:
         await refused(authenticator, key)
         assert len(store.reads) == 2
 
+    @pytest.mark.parametrize("known", [True, False])
+    async def test_a_read_that_takes_longer_than_the_ttl_is_enough(self, time_: FakeTime, known: bool) -> None:
+        class Slow(FakeStore):
+            async def _answer(self) -> None:
+                assert len(self.reads) == 1
+                time_.pass_(5)
+
+        slow = Slow()
+        authenticator = Authenticator(slow, PEPPERS, time_.clock, ttl_s=4)
+        if known:
+            key = slow.add()
+            assert (await authenticator.authenticate(key)).key_id == id_of(key)
+        else:
+            await refused(authenticator, unknown_key())
+        assert len(slow.reads) == 1
+
+    async def test_a_pepper_that_is_missing_is_told_once(
+        self, store: FakeStore, authenticator: Authenticator, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        key = store.add(pepper_version=7)
+        for _ in range(3):
+            await refused(authenticator, other_secret(key))
+        assert [record.getMessage() for record in caplog.records] == [
+            f"key {id_of(key)} was made with pepper version 7, which is not configured"
+        ]
+
     async def test_many_who_wait_for_one_key_share_a_read(self, store: FakeStore, authenticator: Authenticator) -> None:
         key = store.add()
         store.open.clear()
