@@ -21,7 +21,7 @@ from .http.logs import access_log
 from .http.metrics import Metrics
 from .http.routing import ApiRoute
 from .settings import Settings
-from .store.database import open_keys
+from .store.database import cause_in_words, open_keys
 from .store.repository import ModelRepository
 from .store.state import StateError
 
@@ -109,8 +109,11 @@ def create_app(settings: Settings) -> GatewayApplication:
         try:
             async with opened() as state:
                 yield state
-        except (ExposureError, StateError, StoreUnavailableError) as error:
+        except (ExposureError, StateError) as error:
             app.startup_problem = str(error)
+            raise
+        except StoreUnavailableError as error:
+            app.startup_problem = f"cannot use the key database: {cause_in_words(error)}"
             raise
 
     @asynccontextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import re
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -21,11 +22,11 @@ from pydantic import ValidationError
 from inferway_contract import models as contract
 from inferway_contract.names import ENVIRONMENTS, KEY_DEFAULT_OVERLAP_S, KEY_LIST_MAX_LIMIT, SCOPES
 
-from .core.errors import GatewayError, InvalidParameterError
+from .core.errors import GatewayError, InvalidParameterError, StoreUnavailableError
 from .core.keys import KeyRecord, KeyService, public_id
 from .http import key_bodies
 from .settings import Settings
-from .store.database import open_keys
+from .store.database import cause_in_words, open_keys
 from .store.state import StateError
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -81,6 +82,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit status: 0 done, 1 failed, 2 wrong arguments."""
+    # What the store would log of a failure is in the one line that the operator gets anyway.
+    logging.getLogger("inferway.store").addHandler(logging.NullHandler())
     chosen = {"state_dir": args.state_dir, "database_url": args.database_url}
     try:
         settings = Settings(**{name: value for name, value in chosen.items() if value is not None})
@@ -90,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         return _failed("; ".join(f"setting {problem['loc'][0]}: {problem['msg']}" for problem in problems), 2)
     except InvalidParameterError as error:
         return _failed(error.message, 2)
+    except StoreUnavailableError as error:
+        return _failed(f"cannot use the key database: {cause_in_words(error)}", 1)
     except (GatewayError, StateError) as error:
         return _failed(str(error), 1)
     return 0

@@ -49,6 +49,27 @@ def test_a_missing_directory_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "inferway serve DIR" in refused(capsys)
 
 
+@pytest.mark.parametrize("command", ["serve", "keys"])
+def test_a_database_that_cannot_be_used_is_told_in_its_own_words(tmp_path: Path, command: str) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    (state / "inferway.db").write_bytes(b"this is no database, whatever its name may be")
+    (state / "inferway.db").chmod(0o600)
+    arguments = ["serve", str(tmp_path), "--port", "0"] if command == "serve" else ["keys", "list"]
+    done = subprocess.run(
+        [sys.executable, "-m", "inferway_gateway", *arguments, "--state-dir", str(state)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.endswith("cannot use the key database: DatabaseError: file is not a database")
+    if command == "keys":
+        assert done.stderr.count("not a database") == 1
+
+
 def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "pydantic_settings.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from inferway_gateway.__main__ import main; main([])"

@@ -307,8 +307,7 @@ class KeyDatabase:
         except IntegrityError as error:
             raise _TakenError("expected a key of its own, got one that the database has already") from error
         except (TimeoutError, SQLAlchemyError) as error:
-            reason = error.orig if isinstance(error, DBAPIError) else error
-            _log.warning("the key database failed: %s: %s", type(reason).__name__, str(reason).strip() or "no answer")
+            _log.warning("the key database failed: %s", _words(error))
             raise StoreUnavailableError(_UNAVAILABLE, retry_after_s=1.0) from error
         timer.cancel()
         return result
@@ -496,6 +495,16 @@ def _compare_peppers(connection: sa.Connection, peppers: Peppers) -> None:
                 "Bring the old pepper back (the setting key_pepper, or the file 'pepper' in the state directory); to "
                 "change it, keep the old one and add the new one as the next version: 1:OLD,2:NEW"
             )
+
+
+def cause_in_words(error: StoreUnavailableError) -> str:
+    """What the database or the clock had against it, for the operator. Holds no password: drivers never repeat one."""
+    return _words(error.__cause__) if error.__cause__ is not None else error.message
+
+
+def _words(error: BaseException) -> str:
+    reason = error.orig if isinstance(error, DBAPIError) else error
+    return f"{type(reason).__name__}: {str(reason).strip() or 'no answer in time'}"
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
