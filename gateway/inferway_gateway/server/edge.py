@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("inferway.edge")
 
+_CROWD: Final = 4
+"""Connections from which on answers are written in a row."""
 _EVICT_AT_ONCE: Final = 16
 """Connections that give way together at the cap: looking for them takes some 0.5 ms with 4096, too much for each."""
 
@@ -70,6 +72,30 @@ class Edge:
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         self._empty: asyncio.Event | None = None
+        self._unsent: list[EdgeProtocol] = []
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    def write(self, connection: EdgeProtocol, answer: bytes) -> None:
+        """Write a complete small answer, together with those of the other connections that are ready now.
+
+        A write wakes the process on the other end. Where the next answer follows in some 40 µs, that process has fallen
+        asleep again by then, and waking it costs more than writing. So answers are put off until every request that
+        has arrived is worked off, and go out in a row: with 64 connections 53 instead of 68 µs of CPU a request
+        (wrk, 2 virtual cores, November 2026). A few connections gain nothing and get theirs at once.
+        """
+        if len(self.connections) < _CROWD:
+            connection.transport.write(answer)
+            return
+        if not self._unsent:
+            connection.loop.call_soon(self._flush)
+        connection.unsent = answer
+        self._unsent.append(connection)
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for connection in unsent:
+            connection.flush()
 
     # --- the clock -------------------------------------------------------------------------------------------------
 

@@ -149,6 +149,8 @@ class Exchange:
                 body = memoryview(body).cast("B")
             size = len(body)
             more = message.get("more_body", False)
+            if connection.unsent:
+                connection.flush()
             transport = connection.transport
             if not self.started:
                 if not self.status:
@@ -163,7 +165,10 @@ class Exchange:
                 elif self.left == _NO_BODY or not size:
                     transport.write(head)
                 elif size < _JOIN_BELOW_BYTES:
-                    transport.write(head + body)
+                    if more or not self.keep_alive:
+                        transport.write(head + body)
+                    else:
+                        connection.edge.write(connection, head + body)
                 else:
                     transport.writelines((head, body))
             elif self.left == _CHUNKED:
@@ -280,6 +285,7 @@ class Exchange:
             connection.expect_body()
             if self.expects and not connection.closing:
                 self.expects = False
+                connection.flush()
                 connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             if connection.receiving is self and not connection.deaf:
                 connection.flow(self)

@@ -132,6 +132,7 @@ class EdgeProtocol(asyncio.Protocol):
         "source",
         "transport",
         "unparsed",
+        "unsent",
         "url",
         "write_paused",
         "writers",
@@ -150,6 +151,7 @@ class EdgeProtocol(asyncio.Protocol):
         self.app_state = app_state
         self.loop = _loop or asyncio.get_running_loop()
         self.parser = httptools.HttpRequestParser(self)
+        self.unsent = b""
         self.limit = edge.limits.header_bytes
         self.slice = min(self.limit, _SLICE_BYTES)
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
@@ -696,6 +698,7 @@ class EdgeProtocol(asyncio.Protocol):
 
     def write_refusal(self, status: int, answer: bytes, linger: bool = True) -> None:
         self.edge.stats.requests += 1
+        self.flush()
         self.transport.write(self.edge.heads.get(status, b"") or self.edge.head(status))
         self.transport.write(answer)
         if linger and not self.eof:
@@ -705,6 +708,7 @@ class EdgeProtocol(asyncio.Protocol):
 
     def _close_gently(self) -> None:
         """Say that nothing more comes, and hear the peer out for a while. See ``EdgeLimits.linger_s``."""
+        self.flush()
         self.deaf = self.closing = True
         if self.eof or self.transport.is_closing():
             self.close()
@@ -716,6 +720,7 @@ class EdgeProtocol(asyncio.Protocol):
 
     def close(self) -> None:
         """Close once everything is sent; cut after a while if the peer does not take it."""
+        self.flush()
         self.deaf = self.closing = True
         self.deadline = self._flushed_by()
         self.transport.close()
@@ -723,12 +728,19 @@ class EdgeProtocol(asyncio.Protocol):
     def _flushed_by(self) -> float:
         """Until when the peer has to have taken what is written."""
         limits = self.edge.limits
-        buffered = self.transport.get_write_buffer_size()
+        buffered = self.transport.get_write_buffer_size() + len(self.unsent)
         if not buffered:
             return self.edge.now
         return self.edge.now + limits.body_timeout_s + buffered / limits.body_min_bytes_per_s
 
+    def flush(self) -> None:
+        """Write the answer that ``Edge.write`` has put off. Whatever else is done to the transport comes after it."""
+        unsent, self.unsent = self.unsent, b""
+        if unsent and not self.gone:
+            self.transport.write(unsent)
+
     def abort(self) -> None:
+        self.flush()
         self.deaf = self.closing = True
         self.transport.abort()
 
