@@ -28,6 +28,7 @@ from httpx_aiohttp import AiohttpTransport
 from multidict import CIMultiDict
 
 from ._core import HeaderList, Plan, Reply
+from ._deadlines import Deadlines
 from ._errors import APIConnectionError, APIError, ClientClosedError
 from ._options import Timeout
 from ._transport import (
@@ -99,9 +100,9 @@ class _Answer(httpx.AsyncByteStream):
 
 
 class LeanRequest(httpx.Request):
-    """An ``httpx.Request`` whose ``httpx.Headers`` are made when somebody asks for them.
+    """An ``httpx.Request`` whose ``headers`` and ``stream`` are made when somebody asks for them.
 
-    Making them is most of what an ``httpx.Request`` costs, and aiohttp wants pairs of text.
+    Making them is most of what an ``httpx.Request`` costs, and aiohttp wants pairs of text and bytes.
     """
 
     def __init__(
@@ -117,7 +118,6 @@ class LeanRequest(httpx.Request):
         self.method = method
         self.url = url
         self.target = target
-        self.stream = httpx.ByteStream(body) if isinstance(body, bytes) else body
         self.extensions = extensions
         self.pairs = pairs
         self.body = body
@@ -126,6 +126,9 @@ class LeanRequest(httpx.Request):
         if name == "headers":
             self.headers = httpx.Headers(self.pairs)
             return self.headers
+        if name == "stream":
+            self.stream = httpx.ByteStream(self.body) if isinstance(self.body, bytes) else self.body
+            return self.stream
         raise AttributeError(name)
 
 
@@ -158,6 +161,7 @@ class LeanAiohttpTransport(AiohttpTransport):
                 self._proxy["proxy_headers"]["Authorization"] = aiohttp.encode_basic_auth(*self.proxy.auth)
         self._limits: dict[tuple[Any, Any], aiohttp.ClientTimeout] = {}
         self.session = self.get_client()
+        self.deadlines = Deadlines(asyncio.get_running_loop())
 
     def get_client(self) -> aiohttp.ClientSession:
         """A session on the running loop that adds nothing to a request and keeps no cookies."""
@@ -282,35 +286,75 @@ class AsyncSender:
         """
         if self._closed:
             raise ClientClosedError("the client is closed; make a new one")
+        if self._client is not None:
+            return await self._through_client(self._client, plan, headers, left)
+        loop, transport = self._last
+        if transport is None or loop is not asyncio.get_running_loop():
+            transport = await self._here()
+        call = plan.call
+        body = call.body
+        deadline = None if left is None else transport.deadlines.begin(left)
+        try:
+            response = await transport.handle_async_request(
+                LeanRequest(
+                    call.method,
+                    *(self._urls.get(call.path) or self._url(call.path)),
+                    headers,
+                    body if isinstance(body, bytes) else AsyncPieces(body),
+                    self._extensions(plan.timeout),
+                )
+            )
+            answer = cast(_Answer, response.stream)
+            try:
+                reply = Reply(response.status_code, response.headers.raw)
+                check_announced(reply, plan)
+                reader = BodyReader(plan)
+                await answer.read_into(reader)
+            finally:
+                answer.release()
+            reply.body = reader.body()
+            return reply
+        except asyncio.CancelledError as error:
+            if deadline is not None and transport.deadlines.end(deadline):
+                raise timed_out("{url} did not answer in time", True, plan) from error
+            raise
+        except APIError:
+            raise
+        except Exception as error:
+            ours = aiohttp_translated(error, plan)
+            if ours is None:
+                raise
+            raise ours from error
+        finally:
+            if deadline is not None:
+                transport.deadlines.end(deadline)
+
+    async def _through_client(
+        self, client: AsyncHTTPClient, plan: Plan, headers: HeaderList, left: float | None
+    ) -> Reply:
         limit = asyncio.timeout(left)
         try:
             async with limit:
-                if self._client is not None:
-                    return await self._through_client(self._client, plan, headers, left)
-                loop, transport = self._last
-                if transport is None or loop is not asyncio.get_running_loop():
-                    transport = await self._here()
-                call = plan.call
-                body = call.body
-                response = await transport.handle_async_request(
-                    LeanRequest(
-                        call.method,
-                        *(self._urls.get(call.path) or self._url(call.path)),
-                        headers,
-                        body if isinstance(body, bytes) else AsyncPieces(body),
-                        self._extensions(plan.timeout),
-                    )
+                request = client.build_request(
+                    plan.call.method,
+                    self._base_url + plan.call.path,
+                    content=joined(plan.call.body),
+                    headers=headers,
+                    timeout=foreign_timeout(client, httpx_timeouts(plan, left)),
                 )
-                answer = cast(_Answer, response.stream)
+                response = await client.send(request, stream=True, follow_redirects=False)
                 try:
+                    read = read_before(response)
                     reply = Reply(response.status_code, response.headers.raw)
                     check_announced(reply, plan)
                     reader = BodyReader(plan)
-                    await answer.read_into(reader)
+                    if read is not None:
+                        reader.add(read[0])
+                    else:
+                        async for piece in response.stream:
+                            reader.add(piece)
                 finally:
-                    answer.release()
-                reply.body = reader.body()
-                return reply
+                    await response.aclose()
         except APIError:
             raise
         except Exception as error:
@@ -320,35 +364,11 @@ class AsyncSender:
             if ours is None:
                 raise
             raise ours from error
-
-    async def _through_client(
-        self, client: AsyncHTTPClient, plan: Plan, headers: HeaderList, left: float | None
-    ) -> Reply:
-        request = client.build_request(
-            plan.call.method,
-            self._base_url + plan.call.path,
-            content=joined(plan.call.body),
-            headers=headers,
-            timeout=foreign_timeout(client, httpx_timeouts(plan, left)),
-        )
-        response = await client.send(request, stream=True, follow_redirects=False)
-        try:
-            read = read_before(response)
-            reply = Reply(response.status_code, response.headers.raw)
-            check_announced(reply, plan)
-            reader = BodyReader(plan)
-            if read is not None:
-                reader.add(read[0])
-            else:
-                async for piece in response.stream:
-                    reader.add(piece)
-        finally:
-            await response.aclose()
         reply.body = reader.body()
         return reply
 
     def _extensions(self, timeout: Timeout) -> dict[str, Any]:
-        """httpx's limits without the total, which `asyncio.timeout` watches; one object while they stay the same."""
+        """httpx's limits without the total, which `Deadlines` watches; one object while they stay the same."""
         known, extensions = self._limits
         if known is not timeout:
             limits = {"connect": timeout.connect, "read": timeout.read, "write": None, "pool": None}
