@@ -55,6 +55,8 @@ class Edge:
         self.stats = stats
         self.fast = fast
         self.connections: set[EdgeProtocol] = set()
+        self.paused: set[EdgeProtocol] = set()
+        """Connections that nothing is read from at present."""
         self.tasks: set[asyncio.Task[None]] = set()
         self.incomplete_bytes = 0
         self.draining = False
@@ -121,6 +123,8 @@ class Edge:
             self._date_at = now
             self._date = formatdate(usegmt=True).encode("ascii")
             self.heads.clear()
+        for connection in list(self.paused):
+            connection.look()
         late = [connection for connection in self.connections if connection.deadline <= now]
         for connection in late:
             try:
@@ -162,6 +166,7 @@ class Edge:
 
     def closed(self, connection: EdgeProtocol) -> None:
         self.connections.discard(connection)
+        self.paused.discard(connection)
         self.stats.open = len(self.connections)
         source = connection.source
         if source is not None:

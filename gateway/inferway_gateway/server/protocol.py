@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import select
 import urllib.parse
 from asyncio import _enter_task, _leave_task  # the documented way for foreign tasks, "Extending asyncio"
 from collections import deque
@@ -283,7 +284,7 @@ class EdgeProtocol(asyncio.Protocol):
             if self.held or self.queue:
                 # Somebody pipelines faster than we answer.
                 self.held += view
-                self.transport.pause_reading()
+                self._pause()
                 return
             if self.raw_left >= 0:
                 piece = view[: self.raw_left]
@@ -355,16 +356,41 @@ class EdgeProtocol(asyncio.Protocol):
     def flow(self, exchange: Exchange) -> None:
         """Decide how the rest of an incomplete body comes in: not yet, in pieces, or straight into its memory."""
         if exchange.finished:
-            self.transport.resume_reading()
+            self._resume()
         elif not exchange.wanted:
-            self.transport.pause_reading()
+            self._pause()
         elif exchange.sunk:
             pass
         elif exchange.length - exchange.received >= self.limit and exchange.received >= _SINK_FROM_BYTES:
             exchange.sunk = True
+            self._resume()
             Sink(self, exchange).begin()
         else:
-            self.transport.resume_reading()
+            self._resume()
+
+    def _pause(self) -> None:
+        self.transport.pause_reading()
+        self.edge.paused.add(self)
+
+    def _resume(self) -> None:
+        self.transport.resume_reading()
+        self.edge.paused.discard(self)
+
+    def look(self) -> None:
+        """Find out whether the caller has left while nothing is read, for then nobody tells."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        if self.closing or not poll.poll(0):
+            return
+        self.edge.paused.discard(self)
+        self.eof = self.deaf = True
+        self.held = b""
+        if self.receiving is not None:
+            self.edge.holds(-self.receiving.held)
+            self.receiving = None
+        self._left()
+        if self.active is None or self.active.finished:
+            self.close()
 
     def _upgrade(self, rest: memoryview) -> None:
         """Go on with HTTP/1.1 after a request that offered something else, as RFC 9110, section 7.8 allows.
@@ -538,7 +564,7 @@ class EdgeProtocol(asyncio.Protocol):
         if exchange.held:
             exchange.gather()
         if exchange.late:
-            self.transport.resume_reading()
+            self._resume()
             if exchange.finished:
                 if self.active is exchange:
                     self.done(exchange)
@@ -557,8 +583,13 @@ class EdgeProtocol(asyncio.Protocol):
         self.deadline = float("inf")  # a body that is still to come gets one when it is asked for
         loop = self.loop
         fast = edge.fast
+        try:
+            in_task = fast is None or not fast(exchange.scope)
+        except Exception:
+            logger.exception("telling whether a request is fast failed")
+            in_task = True
         task: asyncio.Task[None]
-        if fast is None or not fast(exchange.scope):
+        if in_task:
             task = loop.create_task(exchange.run(edge.app))
         else:
             work = exchange.run(edge.app)
@@ -586,7 +617,7 @@ class EdgeProtocol(asyncio.Protocol):
                 self.write_refusal(*self.refusal)
         if self.held and not self.queue and (self.active is None or self.active is self.receiving):
             held, self.held = self.held, b""
-            self.transport.resume_reading()
+            self._resume()
             self.data_received(held)
 
     def done(self, exchange: Exchange) -> None:
@@ -692,7 +723,7 @@ class EdgeProtocol(asyncio.Protocol):
                 self.queue.remove(exchange)
         if self.active is not None or self.queue:
             self.refusal = (status, answer)
-            self.transport.resume_reading()
+            self._resume()
         else:
             self.write_refusal(status, answer, linger)
 
@@ -713,7 +744,7 @@ class EdgeProtocol(asyncio.Protocol):
         if self.eof or self.transport.is_closing():
             self.close()
             return
-        self.transport.resume_reading()
+        self._resume()
         self.transport.write_eof()
         linger = self.edge.limits.linger_s
         self.deadline = self._flushed_by() + (min(linger, _DRAIN_LINGER_S) if self.edge.draining else linger)

@@ -7,6 +7,7 @@ import contextlib
 import resource
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -320,6 +321,38 @@ def test_incomplete_bodies_share_a_bound_and_the_oldest_gives_way() -> None:
         for client in senders:
             client.socket.close()
         edge.until(lambda: edge.server.edge.incomplete_bytes == 0)
+
+
+def test_connections_that_are_only_heard_out_give_way_too() -> None:
+    with running(echo, EdgeLimits(connections=4)) as edge, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(edge.client())
+            client.send(b"GARBAGE\r\n\r\n")
+            assert client.read().status == 400
+        assert edge.stats.open == 4
+        with edge.client() as good:
+            good.send(GET)
+            assert good.read().status == 200
+
+
+def test_a_body_sent_byte_by_byte_costs_no_more_than_its_size() -> None:
+    go = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/x":
+            await go.wait()
+        await echo(scope, receive, send)
+
+    with running(app) as edge, edge.client() as client:
+        client.send(post(b"x" * 30_000)[:-1], bytewise=True)
+        edge.until(lambda: len(edge.calls) == 1)
+        (connection,) = edge.server.edge.connections
+        exchange = connection.receiving
+        assert exchange is not None
+        assert sys.getsizeof(exchange.parts) + sys.getsizeof(exchange.body) < 100_000
+        edge.loop.call_soon_threadsafe(go.set)
+        client.send(b"x")
+        assert client.read().body == b"x" * 30_000
 
 
 # --- many ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import random
 import socket
 import struct
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferway_gateway.server.protocol import DISCONNECT_EXTENSION, FIELDS
+from inferway_gateway.server.exchange import Exchange
+from inferway_gateway.server.protocol import DISCONNECT_EXTENSION, FIELDS, EdgeProtocol
 from raw_edge import WAIT_S, Client, RunningEdge, echo, running
 
 HOST = b"Host: gateway\r\n"
@@ -363,15 +363,13 @@ def test_a_failing_application_is_logged_once_and_answered(
     assert (errors[0].exc_info is not None) == (when != "never")
 
 
-def test_a_defect_in_the_choice_of_fast_requests_is_a_500(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_defect_in_the_choice_of_fast_requests_only_costs_speed(caplog: pytest.LogCaptureFixture) -> None:
     def choose(_: Any) -> bool:
         raise ValueError("some defect")
 
     with served(echo, fast=choose) as (_, client):
         client.send(post(b"x"))
-        answer = client.read()
-        assert (answer.status, answer.json["code"]) == (500, "internal")
-        assert client.ended
+        assert client.read().body == b"x"
     assert "some defect" in caplog.text
 
 
@@ -465,6 +463,10 @@ def test_nothing_follows_an_answer_that_closes(edge: RunningEdge) -> None:
 
 
 # --- leaving ---------------------------------------------------------------------------------------------------------
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def reset(client: Client) -> None:
@@ -612,21 +614,20 @@ def test_an_idle_caller_that_closes_gets_nothing(edge: RunningEdge) -> None:
 
 
 def test_a_connection_is_freed_when_it_is_lost_without_the_garbage_collector(mode: Any) -> None:
-    class Seen(list[Any]):
-        """A list that can be weakly referenced."""
+    def live() -> int:
+        return sum(isinstance(thing, EdgeProtocol | Exchange) for thing in gc.get_objects())
 
     with running(echo, fast=mode) as edge:
+        gc.collect()
+        before = live()
         gc.disable()
         try:
             with edge.client() as client:
                 client.send(post(b"x") + post(b"y" * 300_000) + GET)
                 for _ in range(3):
                     client.read()
-                (connection,) = edge.server.edge.connections
-                found = [weakref.ref(connection.parser), weakref.ref(connection)]
-                del connection
             edge.until(lambda: edge.stats.open == 0)
-            edge.until(lambda: [reference() for reference in found] == [None, None])
+            edge.until(lambda: live() <= before)
         finally:
             gc.enable()
 
@@ -639,10 +640,13 @@ def test_callers_that_leave_at_random_leave_nothing_behind(seed: int, caplog: py
     data += post(b"z" * 200_000)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
+        message = await receive()
         if chance.random() < 0.5:
             await asyncio.sleep(chance.random() / 1000)
-        await echo(scope, receive, send)
+        if message["type"] == "http.request":
+            await send(start())
+            await send(part(message["body"]))
+            await receive()  # until the caller leaves
 
     with running(app, fast=lambda scope: scope["path"] == "/y") as edge:
         files = len(list(Path("/proc/self/fd").iterdir()))
@@ -660,7 +664,7 @@ def test_callers_that_leave_at_random_leave_nothing_behind(seed: int, caplog: py
         assert len(list(Path("/proc/self/fd").iterdir())) <= files
         with edge.client() as client:
             client.send(post(b"still there", b"Connection: close\r\n"))
-            client.read()
+            assert client.read().body == b"still there"
     assert caplog.text == ""
 
 
