@@ -36,7 +36,9 @@ def test_pyright_knows_every_type_of_the_public_names(tmp_path: Path) -> None:
     # Outside of the project, as a user of the package would be; a path stands for an installation.
     command = [pyright, "-p", str(tmp_path), "--ignoreexternal", "--outputjson", "--verifytypes", "inferway"]
     paths = os.pathsep.join([str(ROOT / "sdk"), str(ROOT / "openapi")])
-    environment = {**os.environ, "PYTHONPATH": paths}
+    # pyright asks the first python of the path where packages such as numpy are.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     counts = json.loads(done.stdout)["typeCompleteness"]["exportedSymbolCounts"]
     assert counts["withKnownType"] > 100
