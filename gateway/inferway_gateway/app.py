@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Final, TypedDict
 
 from starlette.applications import Starlette
@@ -19,7 +20,7 @@ from .http import routes_docs, routes_keys, routes_oip
 from .http.application import GatewayApplication, InferRoute
 from .http.logs import access_log
 from .http.metrics import Metrics
-from .http.routing import ApiRoute
+from .http.routing import ApiRoute, refuse_foreign_pages
 from .settings import Settings
 from .store.database import cause_in_words, open_keys
 from .store.repository import ModelRepository
@@ -165,6 +166,8 @@ def create_app(settings: Settings) -> GatewayApplication:
             )
 
     app = GatewayApplication(routes(), lifespan)
+    if not settings.auth:
+        app.guard = partial(refuse_foreign_pages, any_host=settings.insecure)
     return app
 
 

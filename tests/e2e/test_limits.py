@@ -263,8 +263,54 @@ def test_a_gateway_that_others_could_reach_does_not_start_without_keys(tmp_path:
         assert "Traceback" not in done.stderr
 
 
+@pytest.fixture(scope="module")
+def keyless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
+    root = tmp_path_factory.mktemp("keyless")
+    repository = models.write_repository(root / "models", {"add_one": models.add_one()})
+    with run_gateway(repository, root / "state", "--no-auth") as open_gateway:
+        yield open_gateway
+
+
 def test_without_authentication_everything_is_open_on_loopback(tmp_path: Path) -> None:
     repository = models.write_repository(tmp_path / "models", {"add_one": models.add_one()})
     with run_gateway(repository, tmp_path / "state", "--no-auth") as open_gateway:
         assert open_gateway.call("POST", "/v2/models/add_one/infer", add_one_body(), key=None)[0] == 200
         assert open_gateway.call("GET", "/api/v1/keys", key=None)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Host": "evil.example"},
+        {"Host": "evil.example", "Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "localhost.evil.example:8080"},
+    ],
+    ids=str,
+)
+def test_without_authentication_a_web_page_can_do_nothing(keyless: LiveGateway, headers: dict[str, str]) -> None:
+    for method, path, body in (
+        ("POST", "/api/v1/keys", {"name": "page", "scopes": ["admin"]}),
+        ("POST", "/v2/models/add_one/infer", add_one_body()),
+        ("GET", "/v2/models", None),
+    ):
+        status, answer, _ = keyless.call(method, path, body, key=None, headers=headers)
+        assert (status, answer["code"]) == (403, "permission_denied")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:1", "127.0.0.1", "[::1]:8080", "models.localhost"])
+def test_without_authentication_this_machine_is_answered_by_its_names(keyless: LiveGateway, host: str) -> None:
+    headers = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
+    assert keyless.call("GET", "/v2/models", key=None, headers=headers)[0] == 200
+
+
+def test_a_gateway_that_is_open_on_purpose_is_answered_by_any_name(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with run_gateway(tmp_path / "models", tmp_path / "state", "--no-auth", "--insecure") as wide_open:
+        assert wide_open.call("GET", "/v2/models", key=None, headers={"Host": "models.example"})[0] == 200
+        page = {"Host": "models.example", "Origin": "http://evil.example"}
+        assert wide_open.call("GET", "/v2/models", key=None, headers=page)[0] == 403

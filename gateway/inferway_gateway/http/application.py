@@ -31,7 +31,7 @@ from .infer import infer
 from .key_bodies import deprecation
 from .problems import STATUSES, render
 from .routes_oip import parse_version
-from .routing import ApiRoute, MethodNotAllowedError, authorise, header_fields, known_principal
+from .routing import ApiRoute, Fields, MethodNotAllowedError, authorise, header_fields, known_principal
 
 logger = logging.getLogger("inferway.http")
 
@@ -83,6 +83,8 @@ class GatewayApplication(Starlette):
         """Counted by the server that runs this application, where that is ours."""
         self.begin_drain: Callable[[], None] = lambda: None
         """Turns readiness false; to be called when the end begins."""
+        self.guard: Callable[[Fields], None] | None = None
+        """Looks at the headers of every request before anything else does, where there is no authentication."""
         self.startup_problem: str | None = None
         """Why the lifespan did not start, in words for the operator; None where it did, or where it is a defect."""
 
@@ -106,6 +108,8 @@ class GatewayApplication(Starlette):
         route = None
         answer = None
         try:
+            if self.guard is not None:
+                self.guard(fields)
             target = _infer_target(scope["path"]) if scope["method"] == "POST" else None
             if target is not None:
                 name, version = target

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ ANY_KEY: Final[frozenset[str]] = frozenset()
 
 Fields = Mapping[bytes, bytes]
 """Headers of a request: lower-case name to value, the last one of a name that is there twice."""
+
+_LOCAL_HOST: Final = re.compile(rb"(?:(?:.+\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(?::[0-9]*)?", re.IGNORECASE)
 
 _FIELDS: Final = "inferway.headers"
 """Where our own server puts the fields, which it has made anyway; it refuses requests that repeat one that matters."""
@@ -153,6 +156,32 @@ def known_principal(
     if principal is not None and not principal.may(accepted):
         raise permission_denied(principal, accepted)
     return principal
+
+
+def refuse_foreign_pages(fields: Fields, *, any_host: bool) -> None:
+    """Refuse what the page of another site has a browser on this machine send, where no key keeps it from acting.
+
+    A browser sends such a request without asking us, and it could make a key for later. It says so in
+    ``Sec-Fetch-Site`` (Fetch Metadata, W3C) or, if it is old, by a foreign ``Origin``. A page whose own name was made
+    to resolve to this machine says neither: it is known by that name in ``Host``, where an address or ``localhost``
+    cannot be forged.
+
+    Args:
+        any_host: the gateway is meant to be reached by other names.
+    Raises:
+        PermissionDeniedError
+    """
+    host = fields.get(b"host", b"")
+    origin = fields.get(b"origin")
+    if (
+        fields.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin")
+        or (origin is not None and origin.partition(b"://")[2] != host)
+        or not (any_host or _LOCAL_HOST.fullmatch(host))
+    ):
+        raise PermissionDeniedError(
+            "expected a request of a program on this machine, got one of a web page or under another name; "
+            "without API keys only Host: localhost or an address is answered, unless the gateway runs with --insecure"
+        )
 
 
 def permission_denied(principal: Principal, accepted: frozenset[str]) -> PermissionDeniedError:

@@ -41,7 +41,7 @@ async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[tuple[Gatewa
             await app(scope, receive, send)
 
         transport = httpx.ASGITransport(app=with_state)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             async with asyncio.timeout(30):
                 while (await client.get("/v2/health/ready")).status_code != 200:
                     await asyncio.sleep(0.01)
@@ -185,7 +185,9 @@ async def test_a_caller_that_leaves_is_noticed_under_a_server_without_our_extens
             while (await client.get("/v2/health/ready")).status_code != 200:
                 await asyncio.sleep(0.01)
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        writer.write(
+            b"POST /v2/models/slow/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
         async with asyncio.timeout(30):
             await asyncio.sleep(0.2)  # long enough to be at work; the test holds whether it is or not
             writer.close()
