@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from . import __version__
 
@@ -131,7 +131,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     try:
         run(
-            app,
+            cast(Any, app),  # Starlette's and uvicorn's types of the same messages differ
             host=settings.host,
             port=settings.port,
             limits=EdgeLimits(
@@ -148,6 +148,7 @@ def _serve(args: argparse.Namespace) -> int:
             on_drain=app.begin_drain,
             stats=app.edge_stats,
             fast=is_inference,
+            at_once=app.answer_at_once,
             ready=ready,
         )
     except OSError as error:

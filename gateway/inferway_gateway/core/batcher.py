@@ -209,6 +209,11 @@ class Batcher:
         self._inline_strikes = 0
         self._inline_struck_at = 0
 
+    @property
+    def inline(self) -> bool:
+        """Whether ``run_inline`` may answer at all."""
+        return self._inline_elements > 0
+
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def run_inline(self, request: InferenceRequest) -> Answer | None:

@@ -27,9 +27,10 @@ from ..core.errors import (
     NotFoundError,
 )
 from ..server.policy import EdgeStats
-from .infer import infer
+from .bodies import Body
+from .infer import infer, infer_now
 from .key_bodies import deprecation
-from .problems import STATUSES, render
+from .problems import STATUSES, Headers, render
 from .routes_oip import parse_version
 from .routing import ApiRoute, Fields, MethodNotAllowedError, authorise, header_fields, known_principal
 
@@ -88,6 +89,48 @@ class GatewayApplication(Starlette):
         self.startup_problem: str | None = None
         """Why the lifespan did not start, in words for the operator; None where it did, or where it is a defect."""
 
+    def answer_at_once(self, scope: Scope, body: Body) -> tuple[int, Headers, bytes] | None:
+        """Answer a request that is here as a whole, before any task or coroutine is made for it.
+
+        For our own server, as ``Edge.at_once``. Only inference of short runs by a key that was checked lately is answered.
+
+        Returns:
+            Status, headers and body; None where the application has to be called. Then nothing has been done.
+        """
+        started = perf_counter()
+        target = _infer_target(scope["path"]) if scope["method"] == "POST" else None
+        state = scope["state"]
+        if target is None or self.guard is not None or state["access_log"] is not None:
+            return None
+        fields = header_fields(scope)
+        name, version = target
+        try:
+            principal = known_principal(state["authenticator"], fields, INFER_SCOPES)
+            if principal is None or principal.rotated_at is not None:
+                return None
+            scope["request_id"] = self._request_id(fields)
+            found = infer_now(
+                scope,
+                body,
+                name=name,
+                version=None if version is None else parse_version(version),
+                principal=principal,
+                started=started,
+            )
+        except GatewayError:
+            return None  # the application comes to the same end, and tells of it
+        if found is None:
+            return None
+        state["metrics"].http_request(_INFER_ROUTE if version is None else _INFER_VERSION_ROUTE, 200)
+        return 200, *found
+
+    def _request_id(self, fields: Fields) -> bytes:
+        """The caller's request id where it can do no harm in a log, else a new one."""
+        given = fields.get(b"x-request-id")
+        if given is not None and _REQUEST_ID.fullmatch(given):
+            return given
+        return b"%s-%x" % (self._prefix, next(self._count))
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "websocket":
@@ -97,9 +140,7 @@ class GatewayApplication(Starlette):
             return
         started = perf_counter()
         fields = header_fields(scope)
-        request_id = fields.get(b"x-request-id")
-        if request_id is None or not _REQUEST_ID.fullmatch(request_id):
-            request_id = b"%s-%x" % (self._prefix, next(self._count))
+        request_id = self._request_id(fields)
         scope["app"] = self
         scope["request_id"] = request_id
         scope["response_headers"] = ()

@@ -34,6 +34,8 @@ DISCONNECT_EXTENSION: Final = "inferway.disconnect"
 and returns the one that takes it back. Other servers tell it through ``receive``."""
 
 _JOIN_BELOW_BYTES: Final = 64 * 1024
+_AT_ONCE_BYTES: Final = 32 * 1024
+"""Bodies up to this size are read, run and answered in one go; reading longer ones takes longer than a run may."""
 _SHORT_MS: Final = tuple(b"%.3f" % (us / 1e3) for us in range(4096))
 """Durations of up to 4 ms as ``Server-Timing`` writes them, by microsecond. Writing a float is five times as dear."""
 _JSON: Final = (b"content-type", b"application/json")
@@ -63,6 +65,47 @@ async def infer(
     except GatewayError as error:
         served.stats.finished(perf_counter() - started, error.code)
         raise
+
+
+def infer_now(
+    scope: Scope, body: Body, *, name: str, version: int | None, principal: Principal, started: float
+) -> tuple[list[tuple[bytes, bytes]], bytes] | None:
+    """``infer`` for a request that is here as a whole and whose run is short enough to happen on the event loop.
+
+    Without coroutines, which half of the requests' own steps were. What is out of the ordinary takes the other way.
+
+    Returns:
+        Headers and body of the answer; None where ``infer`` has to be asked. Then nothing has been done.
+    Raises:
+        GatewayError: nothing is counted yet, ``infer`` would raise the same.
+    """
+    fields = header_fields(scope)
+    if b"accept-encoding" in fields or b"content-encoding" in fields or not principal.sees(name):
+        return None
+    state = scope["state"]
+    served: ServedVersion = state["registry"].get(name, version)
+    codec: SignatureCodec | None = served.wire
+    batcher = served.batcher
+    if codec is None or not batcher.inline or len(body) > _AT_ONCE_BYTES:
+        return None
+    head = fields.get(b"inference-header-content-length")
+    request = codec.decode(body, None if head is None else _header_length(head), state["settings"].json_limit_bytes)
+    request.rows = codec.signature.check(request.inputs)
+    timeout = fields.get(b"inferway-timeout-ms")
+    if timeout is not None:
+        request.deadline = asyncio.get_running_loop().time() + _timeout_s(timeout)
+    parsed = perf_counter()
+    answer = batcher.run_inline(request)
+    if answer is None:
+        return None
+    ran = perf_counter()
+    parts, json_length = codec.encode(request, answer.outputs)
+    whole = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+    out = [_JSON]
+    if json_length is not None:
+        out = [_BINARY, (b"inference-header-content-length", b"%d" % json_length)]
+    _account(scope, served, answer, out, len(whole), started, started, parsed, ran)
+    return out, whole
 
 
 async def _infer(
@@ -134,10 +177,38 @@ async def _infer(
         out.append((b"vary", b"accept-encoding"))
     if json_length is not None:
         out.append((b"inference-header-content-length", b"%d" % json_length))
+    _account(scope, served, answer, out, size, started, received, parsed, ran)
+    if scope["response_headers"]:
+        out += scope["response_headers"]
+    await send({"type": "http.response.start", "status": 200, "headers": out})
+    if len(parts) == 1:
+        await send({"type": "http.response.body", "body": parts[0]})
+    elif size <= _JOIN_BELOW_BYTES:
+        await send({"type": "http.response.body", "body": b"".join(parts)})
+    else:
+        for part in parts[:-1]:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": parts[-1]})
+    return size
+
+
+def _account(
+    scope: Scope,
+    served: ServedVersion,
+    answer: Answer,
+    out: list[tuple[bytes, bytes]],
+    size: int,
+    started: float,
+    received: float,
+    parsed: float,
+    ran: float,
+) -> None:
+    """Count an answer that is about to be sent, and say in its headers where its time went."""
     encoded = perf_counter()
     stages = served.stats.stages
     stages["parse"].observe(parsed - received)
     stages["serialise"].observe(encoded - ran)
+    served.stats.finished(encoded - started, None)
     out += (
         (b"content-length", b"%d" % size),
         (b"x-request-id", scope["request_id"]),
@@ -153,19 +224,6 @@ async def _infer(
             ),
         ),
     )
-    if scope["response_headers"]:
-        out += scope["response_headers"]
-    served.stats.finished(encoded - started, None)
-    await send({"type": "http.response.start", "status": 200, "headers": out})
-    if len(parts) == 1:
-        await send({"type": "http.response.body", "body": parts[0]})
-    elif size <= _JOIN_BELOW_BYTES:
-        await send({"type": "http.response.body", "body": b"".join(parts)})
-    else:
-        for part in parts[:-1]:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": parts[-1]})
-    return size
 
 
 async def _queued(scope: Scope, receive: Receive, batcher: Batcher, request: InferenceRequest) -> Answer:

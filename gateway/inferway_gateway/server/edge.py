@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .policy import EdgeLimits, EdgeStats
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .protocol import EdgeProtocol
 
 logger = logging.getLogger("inferway.edge")
+
+AtOnce = Callable[[Any, bytes | memoryview], tuple[int, list[tuple[bytes, bytes]], bytes] | None]
 
 _CROWD: Final = 4
 """Connections from which on answers are written in a row."""
@@ -41,6 +43,8 @@ class Edge:
         fast: tells for a request's scope whether it may begin in the very callback that received it, without a task of
             its own until it first has to wait. Until then ``asyncio.current_task()`` gives a stand-in that can be
             cancelled and used by ``asyncio.timeout``; anyio's cancel scopes must not be open across the first wait.
+        at_once: may answer a request whose body is complete, in the callback that received it, with status, headers and
+            body. None, or an exception, has the application called as usual.
     """
 
     def __init__(
@@ -49,11 +53,13 @@ class Edge:
         limits: EdgeLimits,
         stats: EdgeStats,
         fast: Callable[[HTTPScope], bool] | None = None,
+        at_once: AtOnce | None = None,
     ) -> None:
         self.app = app
         self.limits = limits
         self.stats = stats
         self.fast = fast
+        self.at_once = at_once
         self.connections: set[EdgeProtocol] = set()
         self.paused: set[EdgeProtocol] = set()
         """Connections that nothing is read from at present."""

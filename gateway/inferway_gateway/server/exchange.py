@@ -137,6 +137,18 @@ class Exchange:
             connection.refuse(413, "payload_too_large", words, exchange=self)
         return {"type": "http.disconnect"}
 
+    def respond(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Give the whole answer, in place of ``receive`` and ``send``."""
+        connection = self.connection
+        self.delivered = True
+        self.body = b""
+        self.status = status
+        self.response_headers = headers
+        if connection.unsent:
+            connection.flush()
+        self._begin(body, len(body), False)
+        self._end()
+
     async def send(self, message: ASGISendEvent) -> None:
         connection = self.connection
         if connection.write_paused:
@@ -151,38 +163,18 @@ class Exchange:
             more = message.get("more_body", False)
             if connection.unsent:
                 connection.flush()
-            transport = connection.transport
             if not self.started:
                 if not self.status:
                     raise RuntimeError("expected http.response.start, got http.response.body")
-                head = self._head(size, more)
-                if self.left >= 0:
-                    self._spend(size, more)
-                self.started = True
-                if self.left == _CHUNKED:
-                    transport.write(head)
-                    self._write_chunk(body, more)
-                elif self.left == _NO_BODY or not size:
-                    transport.write(head)
-                elif size < _JOIN_BELOW_BYTES:
-                    if more or not self.keep_alive:
-                        transport.write(head + body)
-                    else:
-                        connection.edge.write(connection, head + body)
-                else:
-                    transport.writelines((head, body))
+                self._begin(body, size, more)
             elif self.left == _CHUNKED:
                 self._write_chunk(body, more)
             elif self.left != _NO_BODY:
                 if self.left >= 0:
                     self._spend(size, more)
-                transport.write(body)
+                connection.transport.write(body)
             if not more:
-                self.finished = True
-                if self.waiters is not None:
-                    self.wake()
-                connection.edge.stats.requests += 1
-                connection.done(self)
+                self._end()
         elif message["type"] == "http.response.start":
             if self.status:
                 raise RuntimeError("expected http.response.body, got a second http.response.start")
@@ -190,6 +182,36 @@ class Exchange:
             self.response_headers = message.get("headers", ())
         else:
             raise RuntimeError(f"expected an http.response message, got {message['type']!r}")
+
+    def _begin(self, body: bytes | memoryview, size: int, more: bool) -> None:
+        """Write the head, and the first or only piece of the body."""
+        connection = self.connection
+        transport = connection.transport
+        head = self._head(size, more)
+        if self.left >= 0:
+            self._spend(size, more)
+        self.started = True
+        if self.left == _CHUNKED:
+            transport.write(head)
+            self._write_chunk(body, more)
+        elif self.left == _NO_BODY or not size:
+            transport.write(head)
+        elif size < _JOIN_BELOW_BYTES:
+            if more or not self.keep_alive:
+                transport.write(head + body)
+            else:
+                connection.edge.write(connection, head + body)
+        else:
+            transport.writelines((head, body))
+
+    def _end(self) -> None:
+        """The answer is complete."""
+        connection = self.connection
+        self.finished = True
+        if self.waiters is not None:
+            self.wake()
+        connection.edge.stats.requests += 1
+        connection.done(self)
 
     def _head(self, size: int, more: bool) -> bytes:
         """The head of the answer, and with it how its body is framed and whether the connection lives on."""

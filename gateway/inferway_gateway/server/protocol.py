@@ -582,6 +582,9 @@ class EdgeProtocol(asyncio.Protocol):
         self.active = exchange
         self.deadline = float("inf")  # a body that is still to come gets one when it is asked for
         loop = self.loop
+        at_once = edge.at_once is not None and exchange.complete and not self.write_paused
+        if at_once and self._answered_at_once(exchange):
+            return
         fast = edge.fast
         try:
             in_task = fast is None or not fast(exchange.scope)
@@ -605,6 +608,23 @@ class EdgeProtocol(asyncio.Protocol):
         exchange.task = task
         edge.tasks.add(task)
         task.add_done_callback(edge.tasks.discard)
+
+    def _answered_at_once(self, exchange: Exchange) -> bool:
+        """Let the application answer at once, where it offers that and can."""
+        assert self.edge.at_once is not None
+        try:
+            answer = self.edge.at_once(exchange.scope, exchange.body)
+            if answer is None:
+                return False
+            exchange.respond(*answer)
+        except Exception as error:
+            if exchange.started:
+                logger.exception("an answer that was given at once could not be sent")
+                self.abort()
+                return True
+            logger.error("answering at once failed", exc_info=error)
+            return False
+        return True
 
     def _next(self) -> None:
         """Begin the next request of the queue, or go on reading."""

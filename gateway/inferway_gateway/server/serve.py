@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import uvicorn
 import uvloop
 
-from .edge import Edge
+from .edge import AtOnce, Edge
 from .policy import DrainPolicy, EdgeLimits, EdgeStats
 from .protocol import EdgeProtocol
 
@@ -61,7 +61,7 @@ class EdgeServer(uvicorn.Server):
     """uvicorn's start-up and lifespan, with our connections and our end.
 
     Args:
-        app, limits, stats, fast: see ``Edge``.
+        app, limits, stats, fast, at_once: see ``Edge``.
         drain: see ``DrainPolicy``.
         on_drain: called once, when the end begins.
         sockets: bound sockets to listen on.
@@ -80,9 +80,10 @@ class EdgeServer(uvicorn.Server):
         own_sockets: bool = True,
         stats: EdgeStats | None = None,
         fast: Callable[[HTTPScope], bool] | None = None,
+        at_once: AtOnce | None = None,
         ready: Callable[[int], None] | None = None,
     ) -> None:
-        self.edge = Edge(app, limits, stats if stats is not None else EdgeStats(), fast)
+        self.edge = Edge(app, limits, stats if stats is not None else EdgeStats(), fast, at_once)
         config = uvicorn.Config(
             app,
             # uvicorn calls what it is given; that it is annotated as a class or a name is narrower than its use.
@@ -232,6 +233,7 @@ async def serve(
     ready: Callable[[int], None] | None = None,
     stats: EdgeStats | None = None,
     fast: Callable[[HTTPScope], bool] | None = None,
+    at_once: AtOnce | None = None,
 ) -> None:
     """Serve an ASGI application until SIGTERM or SIGINT, then drain. Runs on any loop; ``run`` brings uvloop.
 
@@ -243,7 +245,7 @@ async def serve(
         sockets: bound sockets to listen on instead; they are closed in the end, and may be shared with other processes.
         ready: called with the port once connections are taken; 0 for a Unix socket.
         stats: what the edge counts is counted here.
-        fast: which requests may begin without a task, see ``Edge``.
+        fast, at_once: which requests may begin without a task, and be answered at once, see ``Edge``.
     Raises:
         OSError: the address cannot be bound; nothing was started.
         SystemExit: the application's lifespan failed to start.
@@ -260,6 +262,7 @@ async def serve(
             own_sockets=own,
             stats=stats,
             fast=fast,
+            at_once=at_once,
             ready=ready,
         )
         await server.run_until_stopped()
