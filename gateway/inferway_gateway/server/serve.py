@@ -311,6 +311,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
             if port == 0 and len(bound) > 1:
                 address = (address[0], bound[0].getsockname()[1], *address[2:])
             listener.bind(address)
+            # At once, or another process that binds the same port meanwhile is found out too late to say it well.
+            listener.listen(_BACKLOG)
             listener.setblocking(False)
     except OSError:
         for listener in bound:
