@@ -6,7 +6,7 @@ would carry the key along). A caller's own ``httpx.Client`` or ``httpx2.Client``
 it is set up for.
 
 **Time.** httpx limits each single read, so that a server which sends one byte now and then keeps a caller for ever. The
-time limits handed to httpx are therefore `Deadline` numbers, which httpcore passes through to the network stream; ours
+time limits handed to httpx are therefore `TimeLeft` numbers, which httpcore passes through to the network stream; ours
 asks them for what is left before each read and write.
 
 **Forks.** A child process must not use its parent's sockets. `forget_at_fork` makes a child drop them without a word on
@@ -112,7 +112,7 @@ def tls_context(base_url: str) -> ssl.SSLContext:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
-class Deadline(float):
+class TimeLeft(float):
     """Seconds that are left now, and that know how many are left later.
 
     A plain number to everybody else, so that any httpx transport takes it.
@@ -124,7 +124,7 @@ class Deadline(float):
     clock: Callable[[], float]
     most: float
 
-    def __new__(cls, seconds: float, at: float, clock: Callable[[], float], most: float) -> Deadline:
+    def __new__(cls, seconds: float, at: float, clock: Callable[[], float], most: float) -> TimeLeft:
         made = super().__new__(cls, seconds)
         made.at = at
         made.clock = clock
@@ -147,8 +147,8 @@ def httpx_timeouts(plan: Plan, left: float | None) -> dict[str, float | None]:
         return {"connect": connect, "read": read, "write": read, "pool": None}
     at = cast(float, plan.deadline)
     clock = plan.clock.monotonic
-    whole = Deadline(left, at, clock, left)
-    part = whole if read is None or read >= left else Deadline(read, at, clock, read)
+    whole = TimeLeft(left, at, clock, left)
+    part = whole if read is None or read >= left else TimeLeft(read, at, clock, read)
     return {
         "connect": left if connect is None or connect >= left else connect,
         "read": part,
@@ -293,16 +293,16 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Stream(httpcore.NetworkStream):
-    """A network stream that asks `Deadline` limits what is left, and sends long buffers in pieces."""
+    """A network stream that asks `TimeLeft` limits what is left, and sends long buffers in pieces."""
 
     def __init__(self, inner: httpcore.NetworkStream) -> None:
         self._inner = inner
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max_bytes, timeout.left() if type(timeout) is Deadline else timeout)
+        return self._inner.read(max_bytes, timeout.left() if type(timeout) is TimeLeft else timeout)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._inner.write(buffer, timeout.left() if type(timeout) is Deadline else timeout)
+        self._inner.write(buffer, timeout.left() if type(timeout) is TimeLeft else timeout)
 
     def close(self) -> None:
         self._inner.close()
@@ -334,7 +334,7 @@ class _Network(httpcore.NetworkBackend):
 
 
 class PooledTransport(httpx.BaseTransport):
-    """An httpx transport over httpcore's connection pool whose time limits cover a whole answer, see `Deadline`.
+    """An httpx transport over httpcore's connection pool whose time limits cover a whole answer, see `TimeLeft`.
 
     ``httpx.HTTPTransport`` takes no network backend, which is where that is done. Everything else is as there.
     """

@@ -31,8 +31,8 @@ import inferway
 from inferway import Inferway, RetryPolicy, Timeout
 from inferway._errors import ConfigurationError
 from inferway._transport import (
-    Deadline,
     PooledTransport,
+    TimeLeft,
     environment_proxy,
     httpx_timeouts,
     pieces,
@@ -122,16 +122,16 @@ def test_plain_http_reads_no_certificates_and_trusts_nobody() -> None:
 # --- time --------------------------------------------------------------------------------------------------------
 
 
-def test_a_deadline_is_a_number_that_knows_what_is_left() -> None:
+def test_what_is_left_is_a_number_that_knows_what_is_left() -> None:
     now = [100.0]
-    limit = Deadline(5.0, 105.0, lambda: now[0], 5.0)
+    limit = TimeLeft(5.0, 105.0, lambda: now[0], 5.0)
     assert limit == 5.0
     assert limit.left() == 5.0
     now[0] = 103.0
     assert limit.left() == 2.0
     now[0] = 200.0
     assert limit.left() == 0.001, "0 would mean not to wait at all"
-    assert Deadline(1.0, 105.0, lambda: 100.0, 1.0).left() == 1.0
+    assert TimeLeft(1.0, 105.0, lambda: 100.0, 1.0).left() == 1.0
     assert pickle.loads(pickle.dumps(limit)) == 5.0, "a number to everybody else"
 
 
