@@ -92,7 +92,7 @@ class GatewayApplication(Starlette):
     def answer_at_once(self, scope: Scope, body: Body) -> tuple[int, Headers, bytes] | None:
         """Answer a request that is here as a whole, before any task or coroutine is made for it.
 
-        For our own server, as ``Edge.at_once``. Only short runs asked for by a key that was checked lately are answered.
+        For our own server, as ``Edge.at_once``. Only short runs for a key that was checked lately are answered.
 
         Returns:
             Status, headers and body; None where the application has to be called. Then nothing has been done.

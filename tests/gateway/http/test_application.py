@@ -35,6 +35,7 @@ async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[tuple[Gatewa
     app = create_app(Settings(model_dir=repository, state_dir=tmp_path / "state", auth=False, **settings))
 
     async with app.router.lifespan_context(app) as state:
+        app.state.lifespan = dict(state or {})
 
         async def with_state(scope: Any, receive: Any, send: Any) -> None:
             scope["state"] = dict(state or {})
@@ -107,6 +108,51 @@ async def test_long_bodies_are_read_and_written_off_the_loop_and_short_ones_on_i
             answer = await client.post("/v2/models/add_one/infer", json=request)
             assert answer.json()["outputs"][0]["data"] == [2.0] * len(request["inputs"][0]["data"])  # type: ignore[index]
             assert where == [("decode", on_loop), ("encode", on_loop)]
+
+
+async def test_what_is_answered_at_once_is_what_the_application_answers(tmp_path: Path) -> None:
+    head = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 16], "parameters": {"binary_data_size": 64}}]}
+    packed = json.dumps({**head, "parameters": {"binary_data_output": True}}).encode()
+    length = b"%d" % len(packed)
+    cases: list[tuple[bytes, list[tuple[bytes, bytes]], bool]] = [
+        (json.dumps(INFER).encode(), [], True),
+        (json.dumps(INFER).encode(), [(b"x-request-id", b"mine"), (b"inferway-timeout-ms", b"5000")], True),
+        (packed + bytes(64), [(b"inference-header-content-length", length)], True),
+        (bytes(64), [(b"inference-header-content-length", b"0")], True),
+        # Whatever is out of the ordinary, or fails, is left to the application.
+        (json.dumps(INFER).encode(), [(b"accept-encoding", b"gzip")], False),
+        (json.dumps(INFER).encode(), [(b"inferway-timeout-ms", b"0")], False),
+        (json.dumps(INFER).encode(), [(b"inferway-timeout-ms", b"soon")], False),
+        (json.dumps({**INFER, "outputs": [{"name": "nobody"}]}).encode(), [], False),
+        (b"nonsense", [], False),
+    ]
+    async with running(tmp_path) as (app, client):
+        await client.post(PATHS[0], json=INFER)  # the first request of a version is never answered at once
+        for path in PATHS[:5]:
+            for body, headers, at_once in cases:
+                names = [(k.decode(), v.decode()) for k, v in headers]
+                if not any(name == b"accept-encoding" for name, _ in headers):
+                    names.append(("accept-encoding", "identity"))
+                response = await client.post(path, content=body, headers=names)
+                before = await _counted(client)
+                scope = {"method": "POST", "path": path, "headers": headers, "state": app.state.lifespan}
+                app.guard = None
+                answer = app.answer_at_once(scope, body)
+                if path in PATHS[:2] and at_once:
+                    assert answer is not None
+                    assert (answer[0], answer[2]) == (response.status_code, response.content)
+                    given = dict(answer[1])
+                    for name in (b"content-type", b"content-length", b"inference-header-content-length"):
+                        assert given.get(name, b"").decode() == response.headers.get(name.decode(), "")
+                    assert await _counted(client) == before + 1
+                else:
+                    assert answer is None
+                    assert await _counted(client) == before
+
+
+async def _counted(client: httpx.AsyncClient) -> int:
+    stats = (await client.get("/v2/models/add_one/stats")).json()["model_stats"][0]
+    return int(stats["inference_stats"]["success"]["count"]) + int(stats["inference_stats"]["fail"]["count"])
 
 
 async def test_a_defect_is_logged_with_its_request_and_answered_without_details(
