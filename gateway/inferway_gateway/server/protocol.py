@@ -639,6 +639,8 @@ class EdgeProtocol(asyncio.Protocol):
             held, self.held = self.held, b""
             self._resume()
             self.data_received(held)
+        elif self.eof and self.active is None and not self.queue:
+            self.close()  # the caller left between an answer and the next request of the queue, which went with it
 
     def done(self, exchange: Exchange) -> None:
         """An answer is complete, or its application is done; what comes next?"""
