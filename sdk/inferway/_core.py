@@ -187,6 +187,8 @@ class Config:
     def __post_init__(self) -> None:
         headers: HeaderList = [
             ("Host", self.host),
+            # Tensors hardly shrink, and a body that is not compressed cannot be a bomb.
+            ("Accept-Encoding", "identity"),
             ("User-Agent", f"inferway-python/{__version__}"),
         ]
         if isinstance(self.api_key, str):
