@@ -179,6 +179,7 @@ def running(
     limits: EdgeLimits | None = None,
     *,
     fast: Callable[[Any], bool] | None = None,
+    at_once: Callable[[Any, Any], Any] | None = None,
     uvloop_loop: bool = True,
 ) -> Iterator[RunningEdge]:
     """Serve ``app`` until the block ends."""
@@ -205,6 +206,7 @@ def running(
             sockets=sockets,
             stats=stats,
             fast=fast,
+            at_once=at_once,
             ready=started,
         )
         await server.run_until_stopped()

@@ -30,6 +30,7 @@ AtOnce = Callable[[Any, bytes | memoryview], tuple[int, list[tuple[bytes, bytes]
 
 _CROWD: Final = 4
 """Connections from which on answers are written in a row."""
+_TEMPLATES: Final = 256
 _EVICT_AT_ONCE: Final = 16
 """Connections that give way together at the cap: looking for them takes some 0.5 ms with 4096, too much for each."""
 
@@ -72,6 +73,8 @@ class Edge:
         self.good_hosts: set[bytes] = set()
         self.heads: dict[int, bytes] = {}
         """Status to the first lines of an answer, with the date; emptied once a second."""
+        self.templates: dict[tuple[int, tuple[bytes, ...]], tuple[bytes, int]] = {}
+        """Status and header names to the head they make, and which of the headers is Content-Length. Emptied alike."""
         self._date = b""
         self._date_at = -1.0
         self._sources: dict[str, int] = {}
@@ -129,6 +132,7 @@ class Edge:
             self._date_at = now
             self._date = formatdate(usegmt=True).encode("ascii")
             self.heads.clear()
+            self.templates.clear()
         for connection in list(self.paused):
             connection.look()
         late = [connection for connection in self.connections if connection.deadline <= now]
@@ -149,6 +153,11 @@ class Edge:
             phrase = ""
         head = self.heads[status] = b"HTTP/1.1 %d %s\r\ndate: %s" % (status, phrase.encode("ascii"), self._date)
         return head
+
+    def remember(self, status: int, names: tuple[bytes, ...], template: bytes, at: int) -> None:
+        """Keep the template of a head for a second."""
+        if len(self.templates) < _TEMPLATES:
+            self.templates[status, names] = (template, at)
 
     # --- connections -----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Exchange:
     chunks = 0
     align_at = 0  # position in the body that should be aligned in memory
     old = False  # HTTP/1.0
+    plain = True  # neither HTTP/1.0 nor HEAD
+    too_long = False  # more was declared than the limit allows
     waiters: list[asyncio.Future[None]] | None = None
     # The answer.
     status = 0
@@ -140,13 +142,17 @@ class Exchange:
     def respond(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """Give the whole answer, in place of ``receive`` and ``send``."""
         connection = self.connection
-        self.delivered = True
-        self.body = b""
         self.status = status
         self.response_headers = headers
         if connection.unsent:
             connection.flush()
-        self._begin(body, len(body), False)
+        try:
+            self._begin(body, len(body), False)
+        except Exception:
+            self.status = 0  # the application may still answer
+            raise
+        self.delivered = True
+        self.body = b""
         self._end()
 
     async def send(self, message: ASGISendEvent) -> None:
@@ -188,6 +194,14 @@ class Exchange:
         connection = self.connection
         transport = connection.transport
         head = self._head(size, more)
+        if 0 < self.left == size < _JOIN_BELOW_BYTES and not more:
+            # Nearly every answer: small, and whole.
+            self.started = True
+            if self.keep_alive:
+                connection.edge.write(connection, head + body)
+            else:
+                transport.write(head + body)
+            return
         if self.left >= 0:
             self._spend(size, more)
         self.started = True
@@ -197,10 +211,7 @@ class Exchange:
         elif self.left == _NO_BODY or not size:
             transport.write(head)
         elif size < _JOIN_BELOW_BYTES:
-            if more or not self.keep_alive:
-                transport.write(head + body)
-            else:
-                connection.edge.write(connection, head + body)
+            transport.write(head + body)
         else:
             transport.writelines((head, body))
 
@@ -218,8 +229,18 @@ class Exchange:
         connection = self.connection
         edge = connection.edge
         status = self.status
+        plain = self.plain and self.keep_alive and self.complete and not edge.draining and not connection.eof
+        names: tuple[bytes, ...] = ()
+        if plain and self.response_headers:
+            # An application's answers mostly have the same headers: one formatting then does what the loop below does.
+            names, values = zip(*self.response_headers, strict=True)
+            template = edge.templates.get((status, names))
+            if template is not None:
+                self.left = int(values[template[1]])
+                return _checked(template[0] % values, len(values))
         parts = [edge.heads.get(status) or edge.head(status)]
         declared = -1
+        at = -1
         count = 0
         for name, value in self.response_headers:
             label = _labels.get(name)
@@ -227,6 +248,7 @@ class Exchange:
                 if name == b"content-length":
                     label = _CONTENT_LENGTH
                     declared = int(value)
+                    at = count
                 else:
                     label = _label(name)
                     lowered = name.lower()
@@ -236,7 +258,7 @@ class Exchange:
                         continue  # framing is ours
                     elif lowered == b"connection":
                         if b"close" in [token.strip() for token in value.lower().split(b",")]:
-                            self.keep_alive = False
+                            self.keep_alive = plain = False
                             self.ours = True
                         continue
             parts.append(label)
@@ -271,11 +293,9 @@ class Exchange:
             parts.append(b"\r\nconnection: keep-alive")
             count += 1
         parts.append(b"\r\n\r\n")
-        head = b"".join(parts)
-        # Status line and date, one line a header, the empty one: any further line end was smuggled in by a value.
-        if head.count(b"\n") != count + 3 or head.count(b"\r") != count + 3 or b"\0" in head:
-            raise RuntimeError("expected response headers without line ends or NUL")
-        return head
+        if plain and at >= 0 and count == len(names) and self.left >= 0:
+            edge.remember(status, names, b"".join(_template(parts)), at)
+        return _checked(b"".join(parts), count)
 
     def _write_chunk(self, body: bytes | memoryview, more: bool) -> None:
         parts: list[bytes | memoryview] = [b"%x\r\n" % len(body), body, b"\r\n"] if len(body) else []
@@ -390,6 +410,21 @@ class Begun(Coroutine[Any, Any, None]):
 
     def __await__(self) -> Any:  # pragma: no cover - asked for by the abstract class; a task calls send and throw
         return self.work.__await__()
+
+
+def _checked(head: bytes, count: int) -> bytes:
+    """``head``, if it has ``count`` headers: a further line end would have been smuggled in by a value."""
+    # Besides the headers there are the status line, the date and the empty line.
+    if head.count(b"\n") != count + 3 or head.count(b"\r") != count + 3 or b"\0" in head:
+        raise RuntimeError("expected response headers without line ends or NUL")
+    return head
+
+
+def _template(parts: list[bytes]) -> Iterator[bytes]:
+    """The parts of a head with places for the values, which are every second part after the first."""
+    for i, part in enumerate(parts[:-1]):
+        yield b"%b" if i and i % 2 == 0 else part.replace(b"%", b"%%")
+    yield parts[-1]
 
 
 def _label(name: bytes) -> bytes:

@@ -119,6 +119,8 @@ class EdgeProtocol(asyncio.Protocol):
         "gone",
         "headers",
         "held",
+        "last_target",
+        "last_url",
         "leave_callbacks",
         "limit",
         "loop",
@@ -163,6 +165,8 @@ class EdgeProtocol(asyncio.Protocol):
         self.extensions: dict[str, Any] = {DISCONNECT_EXTENSION: self.on_leave}
 
         # What arrives.
+        self.last_url = b""  # most callers ask for the same thing again
+        self.last_target = ("", b"", b"")
         self.url = b""
         self.headers: list[tuple[bytes, bytes]] = []
         self.boundary = True  # nothing of a further request has been seen
@@ -463,12 +467,10 @@ class EdgeProtocol(asyncio.Protocol):
         elif b"transfer-encoding" in fields:
             self._check_coding(fields[b"transfer-encoding"], version)
             length = -1
-        raw_path, _, query = url.partition(b"?")
-        if raw_path[:1] != b"/" or b"#" in url:
-            raw_path, query = _target(url)
-        path = raw_path.decode("ascii")
-        if "%" in path:
-            path = urllib.parse.unquote(path)
+        if url != self.last_url:
+            self.last_target = _target(url)
+            self.last_url = url
+        path, raw_path, query = self.last_target
         method = parser.get_method()
         name = _METHODS.get(method)
         if name is None:
@@ -495,8 +497,12 @@ class EdgeProtocol(asyncio.Protocol):
         exchange = Exchange(self, scope, length, keep_alive)
         if version == "1.0":
             exchange.old = True
+            exchange.plain = False
+        if name == "HEAD":
+            exchange.plain = False
         if length > edge.limits.body_bytes:
             exchange.receive = exchange.receive_too_much  # type: ignore[method-assign]  # no other request pays for it
+            exchange.too_long = True
         if length < 0:
             exchange.fed = -_size(url, headers)  # these bytes come in with the body's, and are none of it
         if b"expect" in fields and version == "1.1" and fields[b"expect"].lower() == b"100-continue":
@@ -583,7 +589,7 @@ class EdgeProtocol(asyncio.Protocol):
         self.deadline = float("inf")  # a body that is still to come gets one when it is asked for
         loop = self.loop
         at_once = edge.at_once is not None and exchange.complete and not self.write_paused
-        if at_once and self._answered_at_once(exchange):
+        if at_once and not exchange.too_long and self._answered_at_once(exchange):
             return
         fast = edge.fast
         try:
@@ -663,7 +669,10 @@ class EdgeProtocol(asyncio.Protocol):
             self.loop.call_soon(self._next)
         elif self.receiving is None:
             if self.boundary:
-                self._rest()
+                if not self.eof and not self.write_paused:
+                    self.deadline = self.edge.idle_until  # as _rest does
+                else:
+                    self._rest()
             else:
                 self.deadline = self.edge.first_deadline(self.edge.limits.header_timeout_s)
 
@@ -933,17 +942,18 @@ def _check_repeated(headers: list[tuple[bytes, bytes]]) -> None:
             seen.add(name)
 
 
-def _target(url: bytes) -> tuple[bytes, bytes]:
-    """Path and query of a request target that does not begin with a slash, or has a fragment."""
+def _target(url: bytes) -> tuple[str, bytes, bytes]:
+    """Path, its bytes and the query of a request target."""
     if b"#" in url:
         raise _Refusal(400, "malformed_request", "expected a request target without a fragment")
-    if url == b"*":
-        return url, b""
-    try:
-        parsed = httptools.parse_url(url)
-    except httptools.HttpParserInvalidURLError:
-        parsed = None
-    if parsed is None or parsed.schema is None or parsed.host is None:
-        # An authority alone is CONNECT's, which is refused by name a few lines later.
-        return url, b""
-    return parsed.path or b"/", parsed.query or b""
+    raw_path, _, query = url.partition(b"?")
+    if raw_path[:1] != b"/" and url != b"*":
+        try:
+            parsed = httptools.parse_url(url)
+        except httptools.HttpParserInvalidURLError:
+            parsed = None
+        if parsed is not None and parsed.schema is not None and parsed.host is not None:
+            raw_path, query = parsed.path or b"/", parsed.query or b""
+        # Else it is an authority alone, for CONNECT, which is refused by name a few lines later.
+    path = raw_path.decode("ascii")
+    return urllib.parse.unquote(path) if "%" in path else path, raw_path, query

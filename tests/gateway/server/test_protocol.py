@@ -261,6 +261,97 @@ def test_answers_are_framed_so_that_the_next_one_can_follow(
             assert {"content-length", "transfer-encoding"} & answer.headers.keys() == ({framing} if framing else set())
 
 
+def test_answers_with_the_same_headers_differ_in_their_values(mode: Any) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        value = scope["query_string"]
+        body = b"x" * len(value)
+        names = [
+            (b"x-100%", value),
+            (b"content-length", b"%d" % len(body)),
+            (b"set-cookie", value + b"%b"),
+            (b"a", b""),
+        ]
+        await send(start(200, *names))
+        await send(part(body))
+
+    with served(app, fast=mode) as (_, client):
+        for value in ("one", "%b%d", "three", "", "%", "fifth"):
+            client.send(f"GET /?{value} HTTP/1.1\r\n".encode() + HOST + b"\r\n")
+            answer = client.read()
+            expected = {"x-100%": value, "content-length": str(len(value)), "set-cookie": value + "%b", "a": ""}
+            assert {name: answer.headers[name] for name in expected} == expected
+            assert list(answer.headers) == ["date", *expected]
+            client.send(f"HEAD /?{value} HTTP/1.1\r\n".encode() + HOST + b"\r\n")
+            assert client.read(head_only=True).headers == answer.headers
+        client.send(GET.replace(b"/x", b"/?last").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert client.read().headers["connection"] == "close"
+        assert client.ended
+
+
+def test_a_value_that_breaks_the_line_is_found_in_a_known_answer_too(
+    mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(start(200, (b"content-length", b"1"), (b"x", (await receive())["body"])))
+        await send(part(b"y"))
+
+    for attack in (b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0b"):
+        with served(app, fast=mode) as (_, client):
+            for _ in range(3):
+                client.send(post(b"fine"))
+                assert client.read().headers["x"] == "fine"
+            client.send(post(attack))
+            assert client.read().status == 500
+            assert client.ended
+    assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 4
+
+
+def test_a_length_that_is_wrong_is_found_in_a_known_answer_too(mode: Any) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(start(200, (b"content-length", b"3")))
+        await send(part((await receive())["body"]))
+
+    for wrong in (b"", b"ab", b"abcd"):
+        with served(app, fast=mode) as (_, client):
+            client.send(post(b"abc") * 3)
+            for _ in range(3):
+                assert client.read().body == b"abc"
+            client.send(post(wrong))
+            assert client.read().status == 500
+            assert client.ended
+
+
+def test_an_answer_at_once_that_cannot_be_sent_leaves_the_request_to_the_application(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def at_once(scope: Any, body: Any) -> Any:
+        if body == b"defect":
+            raise ValueError("some defect")
+        if body == b"no":
+            return None
+        return (
+            200,
+            [(b"content-length", b"%d" % len(body)), (b"x", bytes(body))],
+            b"at once" if body == b"1234567" else body,
+        )
+
+    with running(echo, at_once=at_once) as edge:
+        for body, answer in {
+            b"yes": b"yes",
+            b"1234567": b"at once",
+            b"no": b"no",
+            b"a\nb": b"a\nb",
+            b"defect": b"defect",
+        }.items():
+            with edge.client() as client:
+                client.send(post(body) + post(b"next"))
+                assert client.read().body == answer
+                assert client.read().body == b"next"
+        assert len(edge.calls) == 3
+    assert "some defect" in caplog.text
+    assert "line ends" in caplog.text
+
+
 def test_head_gets_the_head_alone(mode: Any) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send(start(200, (b"content-length", b"3")))
