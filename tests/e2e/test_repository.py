@@ -97,8 +97,8 @@ def test_polling_follows_what_is_added_changed_broken_and_removed(tmp_path: Path
 
 
 def test_what_cannot_be_loaded_takes_nothing_that_serves_out_of_service(tmp_path: Path) -> None:
-    files = {"a": ModelFiles({1: models.add_one()}, config="max_batch_size: 4"), "b": models.add_one()}
-    repository = models.write_repository(tmp_path / "models", files)
+    kept = ModelFiles({1: models.add_one()}, config="max_batch_size: 4")
+    repository = models.write_repository(tmp_path / "models", {"a": kept, "b": models.add_one()})
     config = repository / "a" / "config.pbtxt"
     with run_gateway(repository, tmp_path / "state", "--model-control", "poll", "--poll-interval-s", "0.05") as gateway:
 
