@@ -284,11 +284,15 @@ class EdgeProtocol(asyncio.Protocol):
     def _pieces(self, data: bytes) -> None:
         """Feed in slices, so that no header gets longer than the limit unnoticed and not too many requests wait."""
         view = memoryview(data)
+        stats = self.edge.stats
+        answered = stats.requests
         while len(view) and not self.deaf:
-            if self.held or self.queue:
-                # Somebody pipelines faster than we answer.
+            if self.held or self.queue or stats.requests != answered:
+                # Somebody pipelines faster than we answer, or would keep the loop from everybody else.
                 self.held += view
                 self._pause()
+                if self.active is None:
+                    self.loop.call_soon(self._next)
                 return
             if self.raw_left >= 0:
                 piece = view[: self.raw_left]
