@@ -138,7 +138,7 @@ class RunningEdge:
     def client(self) -> Client:
         return Client(("127.0.0.1", self.port))
 
-    def until(self, condition: Callable[[], bool]) -> None:
+    def until(self, condition: Callable[[], object]) -> None:
         """Wait on the server's loop until ``condition`` holds; it is asked in that thread."""
 
         async def wait() -> None:

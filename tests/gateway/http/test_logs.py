@@ -22,6 +22,7 @@ from inferway_gateway.http.logs import (
     RateLimit,
     TextFormatter,
     access_log,
+    announce,
     configure_logging,
     redact,
 )
@@ -155,6 +156,16 @@ def test_warnings_are_logged_and_configuring_twice_writes_once(configure: Callab
         warnings.warn("careful", UserWarning, stacklevel=1)
     assert len(entries(stream)) == 1
     assert "careful" in entries(stream)[0]["message"]
+
+
+def test_what_others_wait_for_is_written_at_every_level(configure: Callable[..., io.StringIO]) -> None:
+    stream = configure("json", "error")
+    announce("it listens")
+    assert [(entry["message"], entry["level"]) for entry in entries(stream)] == [("it listens", "info")]
+    stream = configure("text", "error")
+    logging.getLogger().addHandler(logging.NullHandler())
+    announce("it listens")
+    assert stream.getvalue() == "it listens\n"
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------

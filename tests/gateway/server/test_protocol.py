@@ -647,6 +647,30 @@ def test_a_caller_that_leaves_is_told_to_those_who_registered() -> None:
         edge.until(lambda: edge.seen == ["registered", "left"])
 
 
+@pytest.mark.parametrize("behind", [GET * 2000, post(b"x" * 500_000)[:-1]], ids=["requests", "body"])
+@pytest.mark.parametrize("leave", [reset, Client.__exit__], ids=["reset", "close"])
+def test_a_caller_that_leaves_while_nothing_is_read_from_it_is_noticed(
+    mode: Any, behind: bytes, leave: Callable[[Client], None]
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        left = asyncio.Event()
+        scope["extensions"][DISCONNECT_EXTENSION](left.set)
+        await left.wait()
+        edge.seen.append("left")
+
+    with running(app, fast=mode) as edge:
+        client = edge.client()
+        client.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            client.socket.sendall(post(b"first") + behind)
+        edge.until(lambda: edge.server.edge.paused)
+        leave(client)
+        edge.until(lambda: edge.seen == ["left"])
+        edge.until(lambda: edge.stats.open == 0 and not edge.server.edge.paused)
+        assert edge.server.edge.incomplete_bytes == 0
+        assert len(edge.calls) == 1
+
+
 def test_callbacks_of_one_request_do_not_outlive_it() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         withdraw = scope["extensions"][DISCONNECT_EXTENSION](lambda: edge.seen.append("called"))
