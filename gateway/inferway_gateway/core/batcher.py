@@ -172,7 +172,7 @@ class Batcher:
         """Whether rows of different requests share runs."""
         needs_company = signature.batched and profile.row_exactness == "padded"
         self._pad_lone = needs_company and (
-            _company_is_cheap(profile.cost) if policy.row_exact is None else policy.row_exact
+            self.batching and _company_is_cheap(profile.cost) if policy.row_exact is None else policy.row_exact
         )
         self._max_rows = signature.max_rows if signature.batched else 0
         # Cutting a request apart changes results where rows depend on their mates, so only a hard bound does it there.

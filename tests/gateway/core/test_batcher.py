@@ -262,6 +262,11 @@ async def test_a_lone_row_is_padded_where_its_bits_need_company() -> None:
             await c.ask(rows_of(5))
             assert c.runs == [2]
             assert c.batcher.row_exact
+    # A model that is not batched is measured with one row alone: what two would cost is not known, nor wanted.
+    async with case(BatchPolicy(enabled=False), RowModel(profile=profile({1: 1.0}, exactness="padded"))) as c:
+        await c.ask(rows_of(5))
+        assert c.runs == [1]
+        assert not c.batcher.row_exact
     async with case(BatchPolicy(row_exact=False), RowModel(profile=profile(RISING, exactness="padded"))) as c:
         await c.ask(rows_of(5))
         assert c.runs == [1]
