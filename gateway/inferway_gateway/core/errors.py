@@ -4,24 +4,37 @@
       MalformedRequestError             malformed_request     no
         InvalidTensorError              invalid_tensor        no
         InvalidParameterError           invalid_parameter     no
+        DigestMismatchError             digest_mismatch       no
       UnsupportedEncodingError          unsupported_encoding  no
       UnsupportedOperationError         unsupported           no
       PayloadTooLargeError              payload_too_large     no
       UnauthenticatedError              unauthenticated       no
       PermissionDeniedError             permission_denied     no
+      QuotaExceededError                quota_exceeded        no
       NotFoundError                     not_found             no
         ModelNotFoundError              model_not_found       no
         VersionNotFoundError            version_not_found     no
         KeyNotFoundError                key_not_found         no
+        BlobNotFoundError               blob_not_found        no
+        DeploymentNotFoundError         deployment_not_found  no
+        AliasNotFoundError              alias_not_found       no
       ConflictError                     conflict              no
+        UploadConflictError             upload_conflict       no
       ModelLoadError                    model_load_failed     no
+      ModelRejectedError                model_rejected        no
+      GoldenMismatchError               golden_mismatch       no
       ModelNotReadyError                model_not_ready       yes
+        ModelFailingError               model_failing         yes
       QueueFullError                    queue_full            yes
       ShuttingDownError                 shutting_down         yes
       StoreUnavailableError             store_unavailable     yes
       DeadlineExceededError             deadline_exceeded     no
       CancelledByCallerError            cancelled             no
       ModelExecutionError               model_failed          no
+      WorkerCrashedError                worker_crashed        no
+      UpstreamError                     upstream_failed       no
+      InsufficientStorageError          insufficient_storage  no
+      MemoryExceededError               memory_exceeded       no
       InternalError                     internal              no
 
 A message says what was expected and what came. It never holds a key, a payload, a path or an address.
@@ -184,3 +197,81 @@ class InternalError(GatewayError):
     """A defect of the gateway; details are in its log under the request id."""
 
     code = "internal"
+
+
+class DigestMismatchError(MalformedRequestError):
+    """The bytes of an upload do not have the SHA-256 digest that names them."""
+
+    code = "digest_mismatch"
+
+
+class ModelRejectedError(GatewayError):
+    """The files are no model that this gateway takes; the message names the rule and the place."""
+
+    code = "model_rejected"
+
+
+class GoldenMismatchError(GatewayError):
+    """A golden example gave other outputs than it says."""
+
+    code = "golden_mismatch"
+
+
+class QuotaExceededError(GatewayError):
+    """What the request would store goes beyond what its key, or the gateway, may keep."""
+
+    code = "quota_exceeded"
+
+
+class BlobNotFoundError(NotFoundError):
+    """No blob of that digest, or none that the caller's key may use."""
+
+    code = "blob_not_found"
+
+
+class DeploymentNotFoundError(NotFoundError):
+    """No deployment of that id, or none that the caller's key may see."""
+
+    code = "deployment_not_found"
+
+
+class AliasNotFoundError(NotFoundError):
+    """The model has no alias of that name."""
+
+    code = "alias_not_found"
+
+
+class UploadConflictError(ConflictError):
+    """An upload was to continue at another byte than the next one, or another is under way."""
+
+    code = "upload_conflict"
+
+
+class UpstreamError(GatewayError):
+    """A remote model's servers did not answer, or not with what the protocol asks for; retries were made."""
+
+    code = "upstream_failed"
+
+
+class WorkerCrashedError(GatewayError):
+    """The worker process died while it ran this request, alone and after a first try; it would die of it again."""
+
+    code = "worker_crashed"
+
+
+class ModelFailingError(ModelNotReadyError):
+    """The version's circuit breaker is open: its worker crashed, or its servers failed, too often lately."""
+
+    code = "model_failing"
+
+
+class InsufficientStorageError(GatewayError):
+    """The disk, or the object store, has no room left."""
+
+    code = "insufficient_storage"
+
+
+class MemoryExceededError(GatewayError):
+    """The version needs more memory than the budget; the message has both numbers."""
+
+    code = "memory_exceeded"
