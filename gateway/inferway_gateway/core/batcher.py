@@ -42,7 +42,7 @@ from .errors import (
 from .model_config import ModelConfig
 from .runners import Job, RunnerPool
 from .stats import ModelStats
-from .tensors import DTYPES, Arrays
+from .tensors import DTYPES, Arrays, Signature
 
 _log = logging.getLogger(__name__)
 
@@ -210,9 +210,19 @@ class Batcher:
         self._inline_struck_at = 0
 
     @property
+    def signature(self) -> Signature:
+        """What requests are checked against."""
+        return self._session.signature
+
+    @property
     def inline(self) -> bool:
         """Whether ``run_inline`` may answer at all."""
         return self._inline_elements > 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were taken and have no answer yet. None is, between two events, of those that run inline."""
+        return len(self._waiters)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

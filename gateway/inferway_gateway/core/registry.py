@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
-from .backend import Artifact, Backend, Session
+from .backend import Artifact, Backend, Profile, Session
 from .batcher import Batcher
 from .errors import (
     ConflictError,
@@ -26,6 +26,7 @@ from .errors import (
     ModelNotReadyError,
     VersionNotFoundError,
 )
+from .execution import Executor
 from .model_config import ModelConfig
 from .runners import RunnerPool
 from .stats import ModelStats
@@ -72,16 +73,23 @@ class ServedVersion:
     """A model version that is loaded.
 
     Attributes:
+        session: what stands behind the executor and is closed after it; None for a remote model and a pipeline.
+        batcher: what answers its requests: a batcher over the session, or another executor.
         wire: whatever the HTTP side keeps beside the version, so that it goes with it.
     """
 
     name: str
     version: int
     config: ModelConfig
-    session: Session
-    batcher: Batcher
+    session: Session | None
+    batcher: Executor
     stats: ModelStats
     wire: Any = None
+
+    @property
+    def profile(self) -> Profile:
+        """What was measured of the session; the profile of nothing where there is none."""
+        return self.session.profile if self.session is not None else Profile()
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,7 +450,8 @@ class Registry:
             return
         if self._abandoned:  # it would wait behind a load, and the memory goes back with the process anyway
             return
-        await self._in_loader(served.session.close)
+        if served.session is not None:
+            await self._in_loader(served.session.close)
         logger.info("'%s' version %d is unloaded", served.name, served.version)
 
 

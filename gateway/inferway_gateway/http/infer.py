@@ -13,7 +13,7 @@ from typing import Final
 
 from starlette.types import Receive, Scope, Send
 
-from ..core.batcher import Answer, Batcher, InferenceRequest
+from ..core.batcher import Answer, InferenceRequest
 from ..core.errors import (
     CancelledByCallerError,
     DeadlineExceededError,
@@ -23,6 +23,7 @@ from ..core.errors import (
     ModelNotFoundError,
     ShuttingDownError,
 )
+from ..core.execution import Executor
 from ..core.keys import Principal
 from ..core.registry import ServedVersion
 from .bodies import Body, accepted_encoding, deflate, inflate, read_body
@@ -133,7 +134,7 @@ async def _infer(
         body, received = arrived
     codec: SignatureCodec | None = served.wire
     if codec is None:
-        codec = served.wire = SignatureCodec(served.name, str(served.version), served.session.signature)
+        codec = served.wire = SignatureCodec(served.name, str(served.version), served.batcher.signature)
     request: DecodedRequest
     if codec.decodes_long(len(body), header_length):
         request = await asyncio.to_thread(codec.decode, body, header_length, settings.json_limit_bytes)
@@ -226,7 +227,7 @@ def _account(
     )
 
 
-async def _queued(scope: Scope, receive: Receive, batcher: Batcher, request: InferenceRequest) -> Answer:
+async def _queued(scope: Scope, receive: Receive, batcher: Executor, request: InferenceRequest) -> Answer:
     """Wait for a batched run, and give the place up when the caller goes away."""
     register: Callable[[Callable[[], None]], Callable[[], None]] | None
     register = (scope.get("extensions") or {}).get(DISCONNECT_EXTENSION)
@@ -252,7 +253,7 @@ async def _queued(scope: Scope, receive: Receive, batcher: Batcher, request: Inf
         unregister()
 
 
-async def _watched(receive: Receive, batcher: Batcher, request: InferenceRequest) -> Answer:
+async def _watched(receive: Receive, batcher: Executor, request: InferenceRequest) -> Answer:
     """The same under a server that tells of a disconnect only to those who wait for it."""
     work = asyncio.ensure_future(batcher.infer(request))
     watch = asyncio.ensure_future(_disconnected(receive))

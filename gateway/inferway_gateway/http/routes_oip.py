@@ -67,7 +67,7 @@ async def model_names(request: Request) -> Response:
 
 async def model_metadata(request: Request) -> Response:
     served = _served(request)
-    signature, profile = served.session.signature, served.session.profile
+    signature, profile = served.batcher.signature, served.profile
     return json_response(
         {
             "name": served.name,
@@ -97,8 +97,8 @@ async def model_ready(request: Request) -> Response:
 
 async def model_config(request: Request) -> Response:
     served = _served(request)
-    profile = served.session.profile
-    document = describe_config(served.config, served.session.signature, served.name)
+    profile = served.profile
+    document = describe_config(served.config, served.batcher.signature, served.name)
     document["inferway"] = {
         "version": str(served.version),
         "row_exactness": profile.row_exactness,
