@@ -4,6 +4,7 @@
       ConfigurationError                       also ValueError: an argument or environment variable cannot be used
       ClientClosedError                        also RuntimeError
       InvalidInputError                        also ValueError: inputs do not fit the model's signature
+      DeploymentFailedError                    a deployment ended, and its version does not serve
       APIError                                 a call was made and has no result
         APIConnectionError                     no complete answer came
           APITimeoutError                      also TimeoutError: the call's time is over
@@ -12,19 +13,27 @@
           BadRequestError                400
             InvalidTensorError           400   also InvalidInputError: found by the gateway, not by the SDK
             ModelLoadError               400
+              ModelRejectedError, GoldenMismatchError
+            DigestMismatchError          400
           AuthenticationError            401
           PermissionDeniedError          403
+            QuotaExceededError           403
           NotFoundError                  404
             ModelNotFoundError, VersionNotFoundError, KeyNotFoundError
+            AliasNotFoundError, DeploymentNotFoundError, BlobNotFoundError
           ConflictError                  409
+            UploadConflictError          409
           PayloadTooLargeError           413
           RateLimitError                 429
           InternalServerError            500 and every other 5xx
             ModelFailedError             500   the model itself failed on this input
             UnsupportedError             501
+            UpstreamFailedError          502   the server behind a remote model
             ServiceUnavailableError      503
-              ModelNotReadyError, QueueFullError
+              ModelNotReadyError, QueueFullError, ModelFailingError, WorkerCrashedError
             DeadlineExceededError        504   also APITimeoutError: the time ran out at the gateway
+            InsufficientStorageError     507
+              MemoryExceededError        507
 
 An answer's ``code`` chooses the class, then its status. An error with a code that this version does not know is still
 the class of its status, with the code as text. ``str()`` is short and for people; ``repr()`` has every fact for a
@@ -34,7 +43,7 @@ support ticket. Neither ever holds an API key.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 
 class InferwayError(Exception):
@@ -74,6 +83,41 @@ def _rebuild(cls: type[InferwayError], args: tuple[Any, ...], state: dict[str, A
     error.args = args
     error.__dict__.update(state)
     return error
+
+
+class DeploymentFailedError(InferwayError):
+    """A deployment ended and its version does not serve; whatever served before goes on serving.
+
+    Attributes:
+        deployment: its `Deployment`, or `AsyncDeployment`, in its last state.
+        step: the step that failed, such as ``admitted``; None where it was cancelled before any.
+        code: the contract's name of the situation, such as ``golden_mismatch``; ``cancelled`` where it was cancelled.
+        message: why, in one sentence.
+    """
+
+    deployment: Any
+    step: str | None
+    code: str
+    message: str
+
+    def __init__(self, deployment: Any, step: str | None, code: str, message: str) -> None:
+        super().__init__(message)
+        self.deployment = deployment
+        self.step = step
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        at = f" at the step '{self.step}'" if self.step is not None else ""
+        return f"{_shown(self.deployment)} failed{at}: {self.message} ({self.code})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A deployment holds a client, which cannot travel to another process; its id can.
+        return (_rebuild, (type(self), self.args, {**self.__dict__, "deployment": _shown(self.deployment)}))
+
+
+def _shown(deployment: Any) -> str:
+    return deployment if isinstance(deployment, str) else f"deployment {deployment.id} of {deployment.model}"
 
 
 class APIError(InferwayError):
@@ -222,12 +266,28 @@ class ModelLoadError(BadRequestError):
     """The model could not be loaded; the message says why."""
 
 
+class ModelRejectedError(ModelLoadError):
+    """The model is not admitted: an operator, opset, file or size that this gateway does not run."""
+
+
+class GoldenMismatchError(ModelLoadError):
+    """The model's outputs differ from those of its golden examples."""
+
+
+class DigestMismatchError(BadRequestError):
+    """What was uploaded does not have the digest it was sent under: the file changed, or the way damaged it."""
+
+
 class AuthenticationError(APIStatusError):
     """No API key, or one that is unknown, expired or revoked; the gateway never says which."""
 
 
 class PermissionDeniedError(APIStatusError):
     """The key is good and lacks a scope that this call needs."""
+
+
+class QuotaExceededError(PermissionDeniedError):
+    """The key has used up what it may store or deploy."""
 
 
 class NotFoundError(APIStatusError):
@@ -246,8 +306,34 @@ class KeyNotFoundError(NotFoundError):
     """There is no API key with that id."""
 
 
+class AliasNotFoundError(NotFoundError):
+    """The model has no such alias."""
+
+
+class DeploymentNotFoundError(NotFoundError):
+    """There is no such deployment, or none that this key may see."""
+
+
+class BlobNotFoundError(NotFoundError):
+    """The gateway has no file of that digest, or none that this key has shown to have."""
+
+
 class ConflictError(APIStatusError):
     """The request contradicts the present state of the object."""
+
+
+class UploadConflictError(ConflictError):
+    """The upload does not continue where the gateway's part of the file ends.
+
+    Attributes:
+        received: bytes that the gateway has of the file; None where the answer does not say.
+    """
+
+    @property
+    def received(self) -> int | None:
+        body = self.body
+        found = cast(dict[str, Any], body).get("received") if isinstance(body, dict) else None
+        return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
 
 
 class PayloadTooLargeError(APIStatusError):
@@ -270,6 +356,10 @@ class UnsupportedError(InternalServerError):
     """The gateway knows the operation or encoding and does not offer it."""
 
 
+class UpstreamFailedError(InternalServerError):
+    """The server behind a remote model failed, or could not be reached; the gateway has tried as often as it may."""
+
+
 class ServiceUnavailableError(InternalServerError):
     """The gateway cannot answer now: it starts, drains, is full or misses its database."""
 
@@ -282,22 +372,51 @@ class QueueFullError(ServiceUnavailableError):
     """The model's queue is full."""
 
 
+class WorkerCrashedError(ServiceUnavailableError):
+    """The model's process died of this request, twice; sending it again would only kill it again."""
+
+
+class ModelFailingError(ServiceUnavailableError):
+    """The model has failed too often of late and is held back; ``retry_after`` says until when."""
+
+
 class DeadlineExceededError(InternalServerError, APITimeoutError):
     """The time that the caller granted was over at the gateway before the answer was there."""
 
     sent = True
 
 
+class InsufficientStorageError(InternalServerError):
+    """The gateway has no room to store it."""
+
+
+class MemoryExceededError(InsufficientStorageError):
+    """The model does not fit into the gateway's memory; the message has both sizes."""
+
+
 _BY_CODE: Final[dict[str, type[APIStatusError]]] = {
     "invalid_tensor": InvalidTensorError,
     "model_load_failed": ModelLoadError,
+    "digest_mismatch": DigestMismatchError,
+    "model_rejected": ModelRejectedError,
+    "golden_mismatch": GoldenMismatchError,
+    "quota_exceeded": QuotaExceededError,
     "model_not_found": ModelNotFoundError,
     "version_not_found": VersionNotFoundError,
     "key_not_found": KeyNotFoundError,
+    "blob_not_found": BlobNotFoundError,
+    "deployment_not_found": DeploymentNotFoundError,
+    "alias_not_found": AliasNotFoundError,
+    "upload_conflict": UploadConflictError,
     "model_failed": ModelFailedError,
+    "upstream_failed": UpstreamFailedError,
     "model_not_ready": ModelNotReadyError,
     "queue_full": QueueFullError,
+    "worker_crashed": WorkerCrashedError,
+    "model_failing": ModelFailingError,
     "deadline_exceeded": DeadlineExceededError,
+    "insufficient_storage": InsufficientStorageError,
+    "memory_exceeded": MemoryExceededError,
 }
 """Codes that have a class of their own; all others are the class of their status."""
 
@@ -311,6 +430,7 @@ _BY_STATUS: Final[dict[int, type[APIStatusError]]] = {
     429: RateLimitError,
     501: UnsupportedError,
     503: ServiceUnavailableError,
+    507: InsufficientStorageError,
 }
 
 

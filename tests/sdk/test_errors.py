@@ -45,7 +45,11 @@ def test_every_code_of_the_contract_has_a_class_that_fits_its_status() -> None:
         (403, None, inferway.PermissionDeniedError),
         (404, None, inferway.NotFoundError),
         (404, "model_not_found", inferway.ModelNotFoundError),
+        (400, "golden_mismatch", inferway.GoldenMismatchError),
+        (403, "quota_exceeded", inferway.QuotaExceededError),
+        (404, "blob_not_found", inferway.BlobNotFoundError),
         (409, None, inferway.ConflictError),
+        (409, "upload_conflict", inferway.UploadConflictError),
         (413, None, inferway.PayloadTooLargeError),
         (418, None, inferway.APIStatusError),
         (429, None, inferway.RateLimitError),
@@ -55,6 +59,8 @@ def test_every_code_of_the_contract_has_a_class_that_fits_its_status() -> None:
         (503, "queue_full", inferway.QueueFullError),
         (504, None, inferway.InternalServerError),
         (504, "deadline_exceeded", inferway.DeadlineExceededError),
+        (507, None, inferway.InsufficientStorageError),
+        (507, "memory_exceeded", inferway.MemoryExceededError),
         (599, "made_up", inferway.InternalServerError),
     ],
 )
@@ -96,6 +102,7 @@ def test_str_is_short_and_repr_has_every_fact() -> None:
         inferway.APIResponseValidationError("odd", body="<html>", status_code=200),
         inferway.InvalidTensorError("bad", status_code=400, code="invalid_tensor", body={"a": 1}),
         inferway.DeadlineExceededError("late", status_code=504, headers={"a": "b"}),
+        inferway.DeploymentFailedError("deployment d1 of churn", "admitted", "model_rejected", "no such opset"),
     ],
 )
 def test_an_error_survives_a_trip_to_another_process(error: inferway.InferwayError) -> None:
@@ -103,3 +110,18 @@ def test_an_error_survives_a_trip_to_another_process(error: inferway.InferwayErr
     assert type(back) is type(error)
     assert str(back) == str(error)
     assert vars(back) == vars(error)
+
+
+@pytest.mark.parametrize(
+    ("body", "received"),
+    [({"received": 5}, 5), ({"received": -1}, None), ({"received": True}, None), ({}, None), ("text", None)],
+)
+def test_a_conflict_of_uploads_says_where_the_gateways_part_ends(body: object, received: int | None) -> None:
+    assert inferway.UploadConflictError("no", status_code=409, body=body).received == received
+
+
+def test_a_failed_deployment_says_which_where_and_why() -> None:
+    error = inferway.DeploymentFailedError("deployment d1 of churn", "admitted", "model_rejected", "no such opset")
+    assert str(error) == "deployment d1 of churn failed at the step 'admitted': no such opset (model_rejected)"
+    before = inferway.DeploymentFailedError("deployment d1 of churn", None, "cancelled", "it was cancelled")
+    assert str(before) == "deployment d1 of churn failed: it was cancelled (cancelled)"
