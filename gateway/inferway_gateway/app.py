@@ -22,8 +22,9 @@ from .http.logs import access_log
 from .http.metrics import Metrics
 from .http.routing import ApiRoute, refuse_foreign_pages
 from .settings import Settings
-from .store.database import cause_in_words, open_keys
+from .store.database import open_keys
 from .store.repository import ModelRepository
+from .store.sql import cause_in_words
 from .store.state import StateError
 
 logger = logging.getLogger("inferway")

@@ -26,7 +26,8 @@ from .core.errors import GatewayError, InvalidParameterError, StoreUnavailableEr
 from .core.keys import KeyRecord, KeyService, public_id
 from .http import key_bodies
 from .settings import Settings
-from .store.database import cause_in_words, open_keys
+from .store.database import open_keys
+from .store.sql import cause_in_words
 from .store.state import StateError
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}

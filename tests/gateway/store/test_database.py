@@ -26,8 +26,9 @@ from alembic.migration import MigrationContext
 
 from inferway_gateway.core.errors import ConflictError, KeyNotFoundError, StoreUnavailableError
 from inferway_gateway.core.keys import ApiKey, Authenticator, KeyRecord, KeyService, Peppers
-from inferway_gateway.store.database import METADATA, KeyDatabase, open_keys
+from inferway_gateway.store.database import KeyDatabase, open_keys
 from inferway_gateway.store.state import StateError
+from inferway_gateway.store.tables import METADATA
 
 T = TypeVar("T")
 NOW = datetime(2026, 11, 23, 12, 0, 0, 123456, tzinfo=UTC)
