@@ -16,7 +16,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
 
 from .names import (
+    ALIAS_FALLBACK_MAX_ITEMS,
+    ALIAS_WEIGHTS_MAX_ITEMS,
     BODY_LIMIT_BYTES,
+    DEFAULT_ALIAS,
+    FILE_PATH_MAX_LENGTH,
     KEY_CURSOR_MAX_LENGTH,
     KEY_DEFAULT_OVERLAP_S,
     KEY_LIST_MAX_LIMIT,
@@ -24,10 +28,18 @@ from .names import (
     KEY_MAX_OVERLAP_S,
     KEY_MODELS_MAX_ITEMS,
     KEY_NAME_MAX_LENGTH,
+    LABEL_MAX_LENGTH,
+    LABELS_MAX_ITEMS,
+    LIST_MAX_LIMIT,
     MAX_DIM,
     MAX_RANK,
+    MAX_VERSION,
+    METADATA_MAX_ITEMS,
+    UPLOAD_LIMIT_BYTES,
+    VERSION_FILES_MAX_ITEMS,
     Datatype,
     Environment,
+    Isolation,
     Scope,
 )
 
@@ -55,6 +67,12 @@ def _whole(value: object) -> object:
     if isinstance(value, bool | str):
         raise ValueError("expected a whole number")
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool | str):
+        raise ValueError("expected a number")
+    return value
 
 
 def _distinct(scopes: list[Scope]) -> list[Scope]:
@@ -441,3 +459,277 @@ class KeyList(Answer):
 
     data: Annotated[list[KeyRecord], Field(max_length=KEY_LIST_MAX_LIMIT)]
     next_cursor: Annotated[str, Field(max_length=KEY_CURSOR_MAX_LENGTH)] | None
+
+
+# --- the life of deployed models ---------------------------------------------------------------------------------
+
+Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DeploymentId: TypeAlias = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,64}$")]
+AliasName: TypeAlias = Annotated[StrictStr, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+VersionNumber: TypeAlias = Annotated[int, Field(ge=1, le=MAX_VERSION), _WHOLE]
+FilePath: TypeAlias = Annotated[
+    StrictStr,
+    Field(
+        max_length=FILE_PATH_MAX_LENGTH,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*(/[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*)*$",
+    ),
+]
+Labels: TypeAlias = Annotated[
+    dict[
+        Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")],
+        Annotated[StrictStr, Field(max_length=LABEL_MAX_LENGTH)],
+    ],
+    Field(max_length=LABELS_MAX_ITEMS),
+]
+Metadata: TypeAlias = Annotated[dict[str, Any], Field(max_length=METADATA_MAX_ITEMS)]
+_NUMBER = BeforeValidator(_number)
+Weights: TypeAlias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,9}$")], Annotated[float, Field(ge=0, le=100), _NUMBER]],
+    Field(min_length=1, max_length=ALIAS_WEIGHTS_MAX_ITEMS),
+]
+Sticky: TypeAlias = Annotated[StrictStr, Field(pattern=r"^(none|key|header:[A-Za-z0-9-]{1,64})$")]
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1), _NUMBER]
+Tolerance: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
+
+
+class BlobStatus(Answer):
+    """``size`` is None where an upload that is not complete has not said how long it will be."""
+
+    digest: Digest
+    size: Count | None
+    received: Count
+    complete: bool
+
+
+class UploadConflict(Problem):
+    """The 409 of an upload: ``received`` is the byte to go on from."""
+
+    received: Count | None = None
+
+
+class FileRef(Strict):
+    """One file of a version that is to be deployed; its blob has been uploaded. ``size`` is in bytes."""
+
+    path: FilePath
+    digest: Digest
+    size: Annotated[int, Field(ge=0, le=UPLOAD_LIMIT_BYTES), _WHOLE]
+
+
+class VersionCreate(Strict):
+    """What a deployment asks for. ``version`` None is the next number, ``alias`` None moves none."""
+
+    files: Annotated[list[FileRef], Field(min_length=1, max_length=VERSION_FILES_MAX_ITEMS)]
+    version: VersionNumber | None = None
+    config: dict[str, Any] = {}
+    isolation: Isolation | None = None
+    labels: Labels = {}
+    metadata: Metadata = {}
+    alias: AliasName | None = DEFAULT_ALIAS
+    pinned: StrictBool = False
+
+
+class VersionChange(Strict):
+    """What is beside a version's content; None leaves it as it is."""
+
+    labels: Labels | None = None
+    metadata: Metadata | None = None
+    pinned: StrictBool | None = None
+
+
+class VersionFile(Answer):
+    path: str = Field(min_length=1)
+    digest: Digest
+    size: Count
+
+
+class Footprint(Answer):
+    """Bytes, as measured when the version was deployed: after warm-up, and at its largest batch."""
+
+    resident_bytes: Count
+    peak_bytes: Count
+
+
+class ModelVersion(Answer):
+    """One version. Of one in the operator's repository, ``digest``, ``created_at`` and ``created_by`` are None."""
+
+    model: ModelName
+    version: VersionNumber
+    kind: str
+    digest: Digest | None
+    files: list[VersionFile]
+    config: dict[str, Any]
+    isolation: str
+    labels: Labels
+    metadata: Metadata
+    pinned: bool
+    footprint: Footprint | None
+    state: str
+    reason: str
+    created_at: datetime | None
+    created_by: str | None
+
+
+class DeploymentFailure(Answer):
+    code: str
+    message: str
+
+
+class Deployment(Answer):
+    """One attempt to bring a version into service. ``step`` is the last one that is done, None before the first."""
+
+    id: DeploymentId
+    model: ModelName
+    version: VersionNumber
+    digest: Digest
+    state: str
+    step: str | None
+    failed_step: str | None
+    error: DeploymentFailure | None
+    reused: bool
+    alias: AliasName | None
+    created_at: datetime
+    created_by: str
+    updated_at: datetime
+
+
+class DeploymentList(Answer):
+    """Youngest first."""
+
+    deployments: Annotated[list[Deployment], Field(max_length=LIST_MAX_LIMIT)]
+
+
+class ShadowPut(Strict):
+    """``share`` of the requests, 0 to 1, go to ``version`` too."""
+
+    version: VersionNumber
+    share: Share = 1.0
+    rtol: Tolerance = 1e-3
+    atol: Tolerance = 1e-5
+
+
+class GuardPut(Strict):
+    """When the lesser targets of an alias go back to no traffic."""
+
+    window_s: Annotated[float, Field(ge=1, le=86_400), _NUMBER] = 60.0
+    min_requests: Annotated[int, Field(ge=1, le=1_000_000), _WHOLE] = 50
+    max_error_rate: Share = 0.02
+    max_p95_ratio: Annotated[float, Field(ge=1, le=1000), _NUMBER] = 2.0
+
+
+class AliasPut(Strict):
+    """Where an alias is to point: exactly one of ``version`` and ``weights`` (percent, which sum to 100)."""
+
+    version: VersionNumber | None = None
+    weights: Weights | None = None
+    sticky: Sticky = "none"
+    shadow: ShadowPut | None = None
+    fallback: Annotated[list[VersionNumber], Field(max_length=ALIAS_FALLBACK_MAX_ITEMS)] = []
+    guard: GuardPut | None = None
+    expected_revision: Annotated[int, Field(ge=0), _WHOLE] | None = None
+
+
+class Shadow(Answer):
+    version: VersionNumber
+    share: Share
+    rtol: Tolerance
+    atol: Tolerance
+
+
+class Guard(Answer):
+    window_s: Annotated[float, Field(ge=1, le=86_400), _NUMBER]
+    min_requests: Annotated[int, Field(ge=1, le=1_000_000)]
+    max_error_rate: Share
+    max_p95_ratio: Annotated[float, Field(ge=1, le=1000), _NUMBER]
+
+
+class AliasTarget(Answer):
+    """Where an alias points, or pointed; ``weights`` is version to percent."""
+
+    weights: Weights
+    sticky: Sticky
+    shadow: Shadow | None
+    fallback: list[VersionNumber]
+    guard: Guard | None
+
+
+class AliasTraffic(Answer):
+    """What the gateway process that answers saw of one version through the alias, since it started.
+
+    ``p95_ms`` is over the guard's window; ``compared`` and ``differed`` count its answers as a shadow.
+    """
+
+    requests: Count
+    errors: Count
+    p95_ms: Annotated[float, Field(ge=0)] | None
+    compared: Count
+    differed: Count
+
+
+class Alias(AliasTarget):
+    """``previous`` is what a roll back would swap it with; ``traffic`` is by version."""
+
+    model: ModelName
+    alias: AliasName
+    previous: AliasTarget | None
+    revision: int = Field(ge=1)
+    updated_at: datetime
+    updated_by: str
+    traffic: dict[str, AliasTraffic]
+
+
+class AliasList(Answer):
+    aliases: list[Alias]
+
+
+class CatalogModel(Answer):
+    """``source`` is catalog for what was deployed, repository for what the operator put there."""
+
+    name: ModelName
+    source: str
+    versions: list[ModelVersion]
+    aliases: list[Alias]
+
+
+class CatalogModelList(Answer):
+    models: list[CatalogModel]
+
+
+class Event(Answer):
+    """Who did what, when; ``by`` is a key's id, ``gateway`` or ``anonymous``."""
+
+    id: int = Field(ge=1)
+    at: datetime
+    kind: str
+    model: ModelName
+    version: VersionNumber | None
+    alias: str | None
+    by: str
+    detail: dict[str, Any]
+
+
+class EventList(Answer):
+    """Youngest first; older ones come with ``before`` and the last id."""
+
+    events: Annotated[list[Event], Field(max_length=LIST_MAX_LIMIT)]
+    has_more: bool
+
+
+class GarbageReport(Answer):
+    """Blobs that were removed, and the bytes they took."""
+
+    removed: Count
+    freed_bytes: Count
+
+
+class RegistryProblem(Answer):
+    """``versions`` are those that have the blob, as ``MODEL/VERSION``."""
+
+    digest: Digest
+    problem: str
+    versions: list[str]
+
+
+class RegistryReport(Answer):
+    checked: Count
+    ok: bool
+    problems: list[RegistryProblem]

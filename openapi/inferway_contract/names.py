@@ -51,6 +51,17 @@ SHOULD_RETRY: Final = "X-Should-Retry"
 RETRY_AFTER: Final = "Retry-After"
 SERVER_TIMING: Final = "Server-Timing"
 
+UPLOAD_OFFSET: Final = "Upload-Offset"
+"""The byte of the content that an upload's body begins at."""
+UPLOAD_LENGTH: Final = "Upload-Length"
+"""Bytes of the whole content of an upload."""
+MODEL_VERSION: Final = "Inferway-Model-Version"
+"""The version that answered a request for inference."""
+FALLBACK: Final = "Inferway-Fallback"
+"""On the answer of a fallback: the version that could not answer."""
+UPSTREAM_ATTEMPTS: Final = "Inferway-Upstream-Attempts"
+"""On the answer for a remote model: how many requests its servers got for this one."""
+
 REQUEST_ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """A caller's request id is taken over when it matches as a whole; any other is replaced."""
 MAX_TIMEOUT_MS: Final = 999_999_999_999
@@ -101,6 +112,25 @@ MODEL_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION_PATTERN: Final = re.compile(r"[0-9]+")
 MODEL_GLOB_PATTERN: Final = re.compile(r"[A-Za-z0-9._*?\[\]!-]{1,128}")
 """What a key's ``models`` may hold: the characters of a model name and those of shell patterns (``fnmatch``)."""
+ALIAS_PATTERN: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
+MODEL_TARGET_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[a-z][a-z0-9-]{0,62})?")
+"""What stands for a model in a path below ``/v2/models``: its name, or its name and an alias."""
+DEFAULT_ALIAS: Final = "stable"
+"""What a bare name means where the model has this alias."""
+DIGEST_PATTERN: Final = re.compile(r"[0-9a-f]{64}")
+DEPLOYMENT_ID_PATTERN: Final = re.compile(r"[0-9A-Za-z-]{1,64}")
+FILE_PATH_PATTERN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*(/[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*)*")
+Isolation: TypeAlias = Literal["worker", "inprocess"]
+VersionKind: TypeAlias = Literal["onnx", "remote", "pipeline"]
+VersionState: TypeAlias = Literal["READY", "LOADING", "UNLOADING", "UNLOADED", "FAILED"]
+Step: TypeAlias = Literal["received", "checked", "admitted", "loaded", "warmed", "compared", "ready"]
+"""What a deployment has done, in order."""
+DeploymentState: TypeAlias = Literal["running", "succeeded", "failed", "cancelled"]
+EventKind: TypeAlias = Literal[
+    "deployment_started", "deployment_succeeded", "deployment_failed", "deployment_cancelled",
+    "alias_set", "alias_deleted", "rolled_back", "auto_rolled_back",
+    "version_deleted", "version_changed", "worker_crashed", "breaker_opened", "breaker_closed",
+]  # fmt: skip
 PLATFORM: Final = "onnxruntime_onnx"
 ModelState: TypeAlias = Literal["UNKNOWN", "READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
 RowExactness: TypeAlias = Literal["exact", "padded", "inexact", "unbatched"]
@@ -144,3 +174,23 @@ KEY_DEFAULT_OVERLAP_S: Final = 86_400
 KEY_LIST_MAX_LIMIT: Final = 200
 KEY_LIST_DEFAULT_LIMIT: Final = 50
 KEY_CURSOR_MAX_LENGTH: Final = 128
+
+UPLOAD_LIMIT_BYTES: Final = 16 * 1024**3
+"""One file of a version."""
+UPLOAD_LIFE_S: Final = 86_400
+"""How long an upload that nobody continues is kept."""
+DEPLOY_BODY_LIMIT_BYTES: Final = 1024 * 1024
+"""A JSON body that creates a version, changes one or sets an alias."""
+VERSION_FILES_MAX_ITEMS: Final = 1024
+FILE_PATH_MAX_LENGTH: Final = 512
+LABELS_MAX_ITEMS: Final = 64
+LABEL_MAX_LENGTH: Final = 256
+METADATA_MAX_ITEMS: Final = 256
+MAX_VERSION: Final = 2**31 - 1
+ALIAS_WEIGHTS_MAX_ITEMS: Final = 16
+ALIAS_FALLBACK_MAX_ITEMS: Final = 8
+DEPLOYMENT_WAIT_MAX_S: Final = 30
+"""The longest that a request for a deployment waits for news of it."""
+LIST_MAX_LIMIT: Final = 1000
+LIST_DEFAULT_LIMIT: Final = 100
+"""Of deployments and of events."""

@@ -14,7 +14,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel, ValidationError
 
 from inferway_contract import codes, document, models, names
-from inferway_gateway.core import errors
+from inferway_gateway.core import catalog, errors
 
 CONTRACT: Mapping[str, Any] = document.load()
 SCHEMAS: Mapping[str, Any] = CONTRACT["components"]["schemas"]
@@ -107,6 +107,17 @@ def test_codes_and_names_need_the_standard_library_only() -> None:
         ("Environment", list(get_args(names.Environment))),
         ("RowExactness", list(get_args(names.RowExactness))),
         ("Extension", list(names.EXTENSIONS)),
+        ("Isolation", list(get_args(names.Isolation))),
+        ("Isolation", list(get_args(catalog.Isolation))),
+        ("VersionKind", list(get_args(names.VersionKind))),
+        ("VersionKind", list(get_args(catalog.Kind))),
+        ("VersionState", list(get_args(names.VersionState))),
+        ("Step", list(get_args(names.Step))),
+        ("Step", [str(step) for step in catalog.Step]),
+        ("DeploymentState", list(get_args(names.DeploymentState))),
+        ("DeploymentState", list(get_args(catalog.DeploymentState))),
+        ("EventKind", list(get_args(names.EventKind))),
+        ("EventKind", list(get_args(catalog.EventKind))),
     ],
 )
 def test_closed_sets_have_the_same_members_in_the_same_order(schema: str, python: list[str]) -> None:
@@ -154,7 +165,12 @@ LIMITS = [
     (names.HEADER_TIMEOUT_S, "request line and headers", f"{names.HEADER_TIMEOUT_S} s"),
     (names.BODY_TIMEOUT_S, "time for a body to arrive", f"{names.BODY_TIMEOUT_S} s"),
     (names.BODY_RATE_BYTES_PER_S, "time for a body to arrive", f"{names.BODY_RATE_BYTES_PER_S >> 10} KiB"),
-]
+    (names.DEPLOY_BODY_LIMIT_BYTES, "body of a request for versions or aliases",
+     f"{names.DEPLOY_BODY_LIMIT_BYTES >> 20} MiB"),
+    (names.UPLOAD_LIMIT_BYTES, "one file of a version", f"{names.UPLOAD_LIMIT_BYTES >> 30} GiB"),
+    (names.VERSION_FILES_MAX_ITEMS, "files of a version", f"{names.VERSION_FILES_MAX_ITEMS}"),
+    (names.UPLOAD_LIFE_S, "life of an upload that nobody continues", f"{names.UPLOAD_LIFE_S // 3600} h"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("value", "row", "text"), LIMITS)
@@ -173,6 +189,11 @@ def test_headers_have_the_same_names() -> None:
     assert parameter("Attempt")["name"] == names.ATTEMPT
     assert parameter("IdempotencyKey")["name"] == names.IDEMPOTENCY_KEY
     assert parameter("RequestId")["name"] == names.REQUEST_ID
+    assert parameter("UploadOffset")["name"] == names.UPLOAD_OFFSET
+    assert parameter("UploadLength")["name"] == names.UPLOAD_LENGTH
+    answered = set(CONTRACT["components"]["responses"]["Infer"]["headers"])
+    assert {names.MODEL_VERSION, names.FALLBACK, names.UPSTREAM_ATTEMPTS} <= answered
+    assert names.UPSTREAM_ATTEMPTS in CONTRACT["components"]["responses"]["UpstreamFailed"]["headers"]
     assert CONTRACT["components"]["securitySchemes"]["apiKey"]["name"] == names.API_KEY_HEADER
     assert {names.SHOULD_RETRY, names.RETRY_AFTER, names.SERVER_TIMING} <= set(CONTRACT["components"]["headers"])
     timing = CONTRACT["components"]["headers"]["Server-Timing"]["example"]
@@ -187,6 +208,11 @@ def test_headers_have_the_same_names() -> None:
         (SCHEMAS["KeyId"], names.KEY_ID_PATTERN),
         (SCHEMAS["RequestId"], names.REQUEST_ID_PATTERN),
         (SCHEMAS["ModelGlobs"]["items"], names.MODEL_GLOB_PATTERN),
+        (SCHEMAS["ModelTarget"], names.MODEL_TARGET_PATTERN),
+        (SCHEMAS["AliasName"], names.ALIAS_PATTERN),
+        (SCHEMAS["Digest"], names.DIGEST_PATTERN),
+        (SCHEMAS["DeploymentId"], names.DEPLOYMENT_ID_PATTERN),
+        (SCHEMAS["FilePath"], names.FILE_PATH_PATTERN),
     ],
 )
 def test_patterns_are_the_same(schema: Any, pattern: re.Pattern[str]) -> None:
@@ -254,7 +280,8 @@ def flat(node: Any) -> dict[str, Any]:
     if "const" in node:
         node["enum"] = [node.pop("const")]
     if "enum" in node:
-        node.pop("type", None)
+        # The members say what kind they are; beside them only null says something.
+        node["type"] = set(node.get("type", ())) & {"null"}
     return {k: v for k, v in node.items() if k not in ("description", "title", "examples", "default", "example")}
 
 
@@ -287,7 +314,7 @@ def compare(path: str, documented: Any, python: Any, *, answer: bool, optional: 
     if not python or (python.get("type") == {"object"} and "properties" not in python and open_ is not False):
         return
     if "string" in python.get("type", ()) and "enum" in documented and answer:
-        documented = {"type": {"string"}}
+        documented = {"type": {"string"} | documented["type"]}
     if optional:
         documented, python = without_null(documented), without_null(python)
     for keyword in BOUNDS:
@@ -328,7 +355,7 @@ def test_only_bodies_of_our_own_routes_refuse_unknown_members(name: str) -> None
 def test_every_named_schema_of_an_object_has_a_model() -> None:
     objects = {name for name, schema in SCHEMAS.items() if schema.get("type") == "object"}
     # The configuration's smaller parts are for reading; Python keeps them as plain dictionaries.
-    assert objects - set(BODIES) == {"QueuePolicy"}
+    assert objects - set(BODIES) == {"QueuePolicy", "Labels", "Metadata", "Weights"}
 
 
 def test_every_default_is_the_same() -> None:
@@ -338,6 +365,42 @@ def test_every_default_is_the_same() -> None:
     assert models.KeyRotate.model_fields["overlap_s"].default == rotate["overlap_s"]["default"]
     limit = next(p for p in CONTRACT["paths"]["/api/v1/keys"]["get"]["parameters"] if p["name"] == "limit")["schema"]
     assert (limit["default"], limit["maximum"]) == (names.KEY_LIST_DEFAULT_LIMIT, names.KEY_LIST_MAX_LIMIT)
+
+
+@pytest.mark.parametrize("name", ["VersionCreate", "ShadowPut", "GuardPut", "AliasPut"])
+def test_every_default_of_a_deployment_is_the_same(name: str) -> None:
+    documented = {n: p["default"] for n, p in SCHEMAS[name]["properties"].items() if "default" in p}
+    assert documented
+    assert documented == {n: BODIES[name].model_fields[n].default for n in documented}
+
+
+@pytest.mark.parametrize(
+    ("put", "record", "members"),
+    [
+        (models.ShadowPut(version=3), catalog.Shadow(3), ("share", "rtol", "atol")),
+        (models.GuardPut(), catalog.Guard(), ("window_s", "min_requests", "max_error_rate", "max_p95_ratio")),
+        (models.AliasPut(version=3), catalog.AliasSpec({3: 100.0}), ("sticky", "shadow", "guard")),
+        (
+            models.VersionCreate(files=[models.FileRef(path="m.onnx", digest="0" * 64, size=1)]),
+            catalog.VersionSpec("m", "onnx", ()),
+            ("version", "config", "isolation", "labels", "metadata", "alias", "pinned"),
+        ),
+    ],
+    ids=["shadow", "guard", "alias", "version"],
+)  # fmt: skip
+def test_the_core_has_the_defaults_of_the_contract(put: BaseModel, record: object, members: tuple[str, ...]) -> None:
+    for name in members:
+        assert getattr(put, name) == getattr(record, name), name
+
+
+def test_lists_of_deployments_and_events_have_the_limits_of_the_constants() -> None:
+    for path in ("/api/v1/deployments", "/api/v1/events", "/api/v1/models/{model}/events"):
+        (limit,) = [p["schema"] for p in CONTRACT["paths"][path]["get"]["parameters"] if p["name"] == "limit"]
+        assert (limit["default"], limit["maximum"]) == (names.LIST_DEFAULT_LIMIT, names.LIST_MAX_LIMIT)
+    wait = CONTRACT["paths"]["/api/v1/deployments/{deployment_id}"]["get"]["parameters"][0]
+    assert (wait["name"], wait["schema"]["maximum"]) == ("wait", names.DEPLOYMENT_WAIT_MAX_S)
+    for name in ("UploadOffset", "UploadLength"):
+        assert parameter(name)["schema"]["maximum"] == names.UPLOAD_LIMIT_BYTES
 
 
 def test_every_example_fits_its_schema() -> None:
@@ -366,6 +429,89 @@ def examples(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 # ---- models
+
+
+BLOB = {"path": "model.onnx", "digest": "0" * 64, "size": 1}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["model.onnx", "weights/model.onnx.data", "onnx__MatMul_123", "a b,c=d@e+f-g:h", "_hidden", "0/1/2"],
+)
+def test_the_path_of_a_file_is_taken(path: str) -> None:
+    assert models.FileRef.model_validate({**BLOB, "path": path}).path == path
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/etc/passwd", "../model.onnx", "a/../b", "a//b", "a/", ".hidden", "a/.b", "a\\b", "a\nb", "a\n", "a\0",
+     "é", "x" * 513],
+    ids=repr,
+)  # fmt: skip
+def test_a_path_that_could_lead_elsewhere_is_refused(path: str) -> None:
+    with pytest.raises(ValidationError):
+        models.FileRef.model_validate({**BLOB, "path": path})
+    assert not names.FILE_PATH_PATTERN.fullmatch(path) or len(path) > names.FILE_PATH_MAX_LENGTH
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"files": []},
+        {"files": [{**BLOB, "digest": "0" * 63}]},
+        {"files": [{**BLOB, "digest": "A" * 64}]},
+        {"files": [{**BLOB, "size": -1}]},
+        {"files": [{**BLOB, "size": 2**34 + 1}]},
+        {"files": [{**BLOB, "mode": 7}]},
+        {"files": [BLOB], "version": 0},
+        {"files": [BLOB], "version": True},
+        {"files": [BLOB], "version": 2**31},
+        {"files": [BLOB], "isolation": "none"},
+        {"files": [BLOB], "alias": "Stable"},
+        {"files": [BLOB], "alias": ""},
+        {"files": [BLOB], "labels": {"a b": "c"}},
+        {"files": [BLOB], "labels": {"a": 1}},
+        {"files": [BLOB], "labels": {"a": "x" * 257}},
+        {"files": [BLOB], "labels": {f"k{i}": "" for i in range(65)}},
+        {"files": [BLOB], "pinned": 1},
+        {"files": [BLOB], "aliases": ["stable"]},
+    ],
+    ids=lambda body: str(body.keys() - {"files"} or body["files"])[:40],
+)
+def test_a_deployment_is_refused(body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        models.VersionCreate.model_validate(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"weights": {}},
+        {"weights": {"0": 100}},
+        {"weights": {"stable": 100}},
+        {"weights": {"1": -1}},
+        {"weights": {"1": 101}},
+        {"weights": {"1": "100"}},
+        {"weights": {"1": True}},
+        {"weights": {str(i): 1 for i in range(1, 18)}},
+        {"sticky": "header:"},
+        {"sticky": "header:a b"},
+        {"sticky": "user"},
+        {"shadow": {}},
+        {"shadow": {"version": 1, "share": 1.1}},
+        {"shadow": {"version": 1, "share": float("nan")}},
+        {"shadow": {"version": 1, "rtol": float("inf")}},
+        {"guard": {"window_s": 0}},
+        {"guard": {"min_requests": 0}},
+        {"guard": {"max_p95_ratio": 0.5}},
+        {"fallback": [1] * 9},
+        {"expected_revision": -1},
+    ],
+    ids=lambda body: str(body)[:40],
+)
+def test_an_alias_is_refused(body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        models.AliasPut.model_validate(body)
 
 
 @pytest.mark.parametrize(("given", "taken"), [(60, 60), (60.0, 60), (1e3, 1000)])
