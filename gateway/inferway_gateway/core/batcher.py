@@ -77,6 +77,7 @@ class InferenceRequest:
         priority: 1 is first; 0 takes the model's default.
         deadline: moment on the monotonic clock after which nobody wants the answer.
         queue_timeout_s: how long the request may wait before its run begins (the protocol's ``timeout``).
+        origin: headers by which servers elsewhere recognise the request, such as its id; passed on with it.
     """
 
     inputs: dict[str, NDArray[Any]]
@@ -86,6 +87,7 @@ class InferenceRequest:
     priority: int = 0
     deadline: float | None = None
     queue_timeout_s: float | None = None
+    origin: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
 
 
 @dataclass(slots=True)
@@ -98,6 +100,7 @@ class Answer:
             session; split_s: cutting the outputs apart. For a request that took several runs these are sums, but for
             ``queue_s``, which ends when the first begins.
         batch_rows: rows of the run it shared, its own included; the largest of several.
+        upstream_attempts: calls of servers elsewhere that were made for it; 0 where it stayed in the gateway.
     """
 
     outputs: list[NDArray[Any]]
@@ -106,6 +109,7 @@ class Answer:
     run_s: float
     split_s: float
     batch_rows: int
+    upstream_attempts: int = 0
 
 
 @dataclass(slots=True, eq=False)

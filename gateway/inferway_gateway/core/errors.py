@@ -52,6 +52,7 @@ class GatewayError(Exception):
         code: the contract's name of the situation, stable over releases.
         retryable: the same request may succeed when sent again unchanged.
         retry_after_s: seconds a caller should wait before trying again, where that is known.
+        upstream_attempts: calls of servers elsewhere that were made before it came to this.
     """
 
     code: ClassVar[str] = "internal"
@@ -61,6 +62,7 @@ class GatewayError(Exception):
         super().__init__(message)
         self.message = message
         self.retry_after_s = retry_after_s
+        self.upstream_attempts = 0
 
 
 class MalformedRequestError(GatewayError):
