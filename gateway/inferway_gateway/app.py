@@ -14,14 +14,17 @@ from starlette.applications import Starlette
 from .backends.onnx import OnnxBackend
 from .core.errors import StoreUnavailableError
 from .core.keys import Authenticator, KeyService
-from .core.registry import Registry
+from .core.registry import Registry, ServedVersion
+from .core.routing import Router
 from .core.runners import RunnerPool
+from .core.shadow import Shadows
 from .http import routes_docs, routes_keys, routes_oip
 from .http.application import GatewayApplication, InferRoute
 from .http.logs import access_log
 from .http.metrics import Metrics
 from .http.routing import ApiRoute, refuse_foreign_pages
 from .settings import Settings
+from .store.catalog import SqlCatalog, open_catalog
 from .store.database import open_keys
 from .store.repository import ModelRepository
 from .store.sql import cause_in_words
@@ -44,8 +47,11 @@ class State(TypedDict):
 
     settings: Settings
     registry: Registry
+    router: Router
+    shadows: Shadows
     authenticator: Authenticator | None
     keys: KeyService
+    catalog: SqlCatalog
     metrics: Metrics
     access_log: Callable[..., None] | None
 
@@ -143,6 +149,12 @@ def create_app(settings: Settings) -> GatewayApplication:
                 strict_readiness=settings.strict_readiness,
             )
             stack.push_async_callback(registry.close)
+
+            async def find(name: str, version: int, _: float) -> ServedVersion:
+                return registry.get(name, version)
+
+            router = Router()
+            shadows = await stack.enter_async_context(Shadows(find))
             pepper = settings.key_pepper
             keys = await stack.enter_async_context(
                 open_keys(
@@ -152,6 +164,7 @@ def create_app(settings: Settings) -> GatewayApplication:
                     ttl_s=settings.key_cache_ttl_s,
                 )
             )
+            catalog = await stack.enter_async_context(open_catalog(database_url=settings.database()))
             await _check_exposure(settings, keys.service)
             metrics = Metrics(lambda: ((s.name, s.version, s.stats, True) for s in registry.served()), app.edge_stats)
             app.begin_drain = registry.begin_drain
@@ -160,8 +173,11 @@ def create_app(settings: Settings) -> GatewayApplication:
             yield State(
                 settings=settings,
                 registry=registry,
+                router=router,
+                shadows=shadows,
                 authenticator=keys.authenticator if settings.auth else None,
                 keys=keys.service,
+                catalog=catalog,
                 metrics=metrics,
                 access_log=access_log() if settings.access_log else None,
             )

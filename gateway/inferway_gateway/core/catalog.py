@@ -227,12 +227,19 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class BlobRecord:
-    """A file's content that is stored whole."""
+    """A file's content that is stored whole.
+
+    Attributes:
+        created_by: who brought it first.
+        copy: tells this stored copy from an earlier one of the same content that is being removed; part of the name
+            under which it is stored, so that nobody ever removes a file that a row has come to mean again.
+    """
 
     digest: str
     size: int
     created_at: datetime
     created_by: str
+    copy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +255,8 @@ class Catalog(Protocol):
     """The store of the catalog.
 
     Every method may raise ``StoreUnavailableError``. Each write is one transaction, with its event, and lasts when the
-    call returns.
+    call returns. Writes happen one after the other, in the order of their events' ids; those that change what
+    ``snapshot`` gives, or the state of a deployment, raise ``revision``.
     """
 
     async def revision(self) -> int:
@@ -262,22 +270,36 @@ class Catalog(Protocol):
         """Reserve a version number and record the deployment as running.
 
         Where a version of the same model has this digest, the record has ``reused`` and its number; it still runs, so
-        that the alias is moved and readiness is seen to.
+        that the alias is moved and readiness is seen to. A number belongs to one content for good: after a version was
+        deleted, nothing else gets its number.
 
         Raises:
-            ConflictError: the wanted number belongs to other content, or a deployment that runs has reserved it.
+            ConflictError: the wanted number belongs to other content, or a deployment that runs has reserved it, or one
+                that runs makes a version of the same content.
             BlobNotFoundError: a file's blob is not stored whole.
+            InvalidParameterError: a file's blob has another size.
         """
         ...
 
-    async def advance_deployment(self, deployment_id: str, step: Step) -> DeploymentRecord: ...
+    async def advance_deployment(self, deployment_id: str, step: Step) -> DeploymentRecord:
+        """Record that a step is done, unless the deployment has ended; the record says whether it runs."""
+        ...
+
+    async def keep_deployments(self, owner: str) -> list[DeploymentRecord]:
+        """Record that a gateway process is there, and give the deployments that it carries out, oldest first."""
+        ...
+
+    async def unkept_deployments(self, older_than: datetime) -> list[DeploymentRecord]:
+        """Those that run and whose owner has not been there since: to be ended as interrupted."""
+        ...
 
     async def commit_deployment(self, deployment_id: str, footprint: Footprint | None, alias: AliasSpec | None
                                 ) -> VersionRecord:  # fmt: skip
         """In one transaction: the version exists, its alias points at it, the deployment has succeeded.
 
         Raises:
-            ConflictError: the deployment does not run any more.
+            ConflictError: the deployment does not run any more, or its end was asked for.
+            VersionNotFoundError: a version that ``alias`` names does not exist.
         """
         ...
 
@@ -298,12 +320,23 @@ class Catalog(Protocol):
         """Youngest first."""
         ...
 
+    async def version(self, model: str, version: int) -> VersionRecord:
+        """Raises VersionNotFoundError."""
+        ...
+
+    async def alias(self, model: str, alias: str) -> AliasRecord:
+        """Raises AliasNotFoundError."""
+        ...
+
     async def set_alias(self, model: str, alias: str, spec: AliasSpec, *, by: str, kind: EventKind = "alias_set",
                         expected_revision: int | None = None, detail: Mapping[str, Any] | None = None
                         ) -> AliasRecord:  # fmt: skip
-        """Point an alias.
+        """Point an alias. Where it is so already, nothing is written, and what it was before stays as it was.
 
+        Args:
+            expected_revision: 0 means that there is no such alias yet; None: whatever it is.
         Raises:
+            ModelNotFoundError: the model has no version at all.
             VersionNotFoundError: a version that it names does not exist.
             ConflictError: the alias is not at ``expected_revision``.
         """
@@ -320,7 +353,12 @@ class Catalog(Protocol):
         ...
 
     async def delete_version(self, model: str, version: int, *, by: str) -> None:
-        """Raises VersionNotFoundError; ConflictError where an alias, as target, shadow or fallback, names it."""
+        """Delete a version.
+
+        Raises:
+            VersionNotFoundError
+            ConflictError: an alias, as target, shadow or fallback, names it, or a deployment of it runs.
+        """
         ...
 
     async def delete_model(self, model: str, *, by: str) -> None:
@@ -334,24 +372,48 @@ class Catalog(Protocol):
         """Youngest first."""
         ...
 
-    async def add_blob(self, digest: str, size: int, *, by: str) -> None:
-        """Record a blob that is stored whole, and that ``by`` has shown to have it. Idempotent."""
+    async def add_blob(self, digest: str, size: int, *, by: str, copy: str = "", limit_bytes: int | None = None,
+                       limit_per_key_bytes: int | None = None) -> BlobRecord:  # fmt: skip
+        """Record a blob that is stored whole, and that ``by`` has shown to have it. Idempotent.
+
+        Returns:
+            The record that counts. Where its ``copy`` is another, the content was there already and the caller's copy
+            is one too many.
+        Raises:
+            QuotaExceededError: with it the gateway, or the key, would keep more bytes than its limit.
+        """
+        ...
+
+    async def want_blobs(self, digests: Sequence[str]) -> None:
+        """Have these not taken for old: somebody is about to deploy them."""
         ...
 
     async def blob(self, digest: str) -> BlobRecord | None: ...
+
+    async def blobs(self, digests: Sequence[str] | None = None) -> list[BlobRecord]:
+        """Those of these digests that are stored; None: all. In order of digest."""
+        ...
 
     async def has_shown(self, digest: str, by: str) -> bool:
         """Whether that key has uploaded this content itself: knowing a digest is not having the content."""
         ...
 
+    async def shown(self, digests: Sequence[str], by: str) -> set[str]:
+        """Those of these digests whose content that key has uploaded itself."""
+        ...
+
+    async def models_with(self, digests: Sequence[str]) -> Mapping[str, frozenset[str]]:
+        """Digest to the names of the models that have it in a version."""
+        ...
+
     async def stored_bytes(self, by: str | None = None) -> int:
-        """Sum of the sizes of blobs, of all or of one key."""
+        """Sum of the sizes of blobs, of all or of those that one key has uploaded."""
         ...
 
     async def unreferenced_blobs(self, older_than: datetime) -> list[BlobRecord]:
-        """Blobs that no version and no running deployment names."""
+        """Blobs that no version and no running deployment names, and nobody has wanted since."""
         ...
 
-    async def forget_blobs(self, digests: Sequence[str], older_than: datetime) -> list[str]:
-        """Delete the records of those that are still unreferenced; returns which. Files are removed after this."""
+    async def forget_blobs(self, digests: Sequence[str], older_than: datetime) -> list[BlobRecord]:
+        """Delete the records of those that are still so; returns them. Their files are removed after this."""
         ...
