@@ -93,12 +93,14 @@ class SignatureCodec:
         "name",
         "output_names",
         "signature",
+        "version_header",
     )
 
     def __init__(self, name: str, version: str, signature: Signature) -> None:
         self.name = name
         self.signature = signature
         self.output_names = signature.output_names
+        self.version_header = (b"inferway-model-version", version.encode())
         self._head = b'{"model_name":%s,"model_version":%s' % (orjson.dumps(name), orjson.dumps(version))
         self._outputs: dict[str, tuple[TensorSpec, bytes, bytes]] = {
             s.name: (s, *_output_prefixes(s.name, s.datatype)) for s in signature.outputs

@@ -21,11 +21,14 @@ from ..core.errors import (
     InvalidParameterError,
     MalformedRequestError,
     ModelNotFoundError,
+    ModelNotReadyError,
+    NotFoundError,
     ShuttingDownError,
 )
 from ..core.execution import Executor
 from ..core.keys import Principal
 from ..core.registry import ServedVersion
+from ..core.routing import FALLBACK_CODES, Plan, Route, bare_name
 from .bodies import Body, accepted_encoding, deflate, inflate, read_body
 from .codec import DecodedRequest, SignatureCodec
 from .routing import header_fields
@@ -41,6 +44,9 @@ _SHORT_MS: Final = tuple(b"%.3f" % (us / 1e3) for us in range(4096))
 """Durations of up to 4 ms as ``Server-Timing`` writes them, by microsecond. Writing a float is five times as dear."""
 _JSON: Final = (b"content-type", b"application/json")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
+_MODEL_VERSION: Final = b"inferway-model-version"
+_ROUTE: Final = "inferway.route"
+"""Where the scope keeps which of an alias' targets a request got, from the short way to the long one."""
 
 
 async def infer(
@@ -58,13 +64,20 @@ async def infer(
         GatewayError: nothing was sent yet. What the model version counts is counted.
     """
     state = scope["state"]
-    if not principal.sees(name):
+    if not principal.sees(bare_name(name)):
         raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
-    served: ServedVersion = state["registry"].get(name, version)
+    route: Route | None = scope.get(_ROUTE)
+    if route is None:
+        route = state["router"].resolve(name, version, principal.key_id, header_fields(scope))
+    if route is not None:
+        return await _infer_by_alias(scope, receive, send, route, started)
+    served = await _loaded(scope, name, version, started)
     try:
-        return await _infer(scope, receive, send, served, version, started)
+        body, received = await _arrived(scope, receive)
+        return await _infer(scope, receive, send, served, version, started, started, body, received)
     except GatewayError as error:
         served.stats.finished(perf_counter() - started, error.code)
+        _name_version(scope, served)
         raise
 
 
@@ -81,10 +94,21 @@ def infer_now(
         GatewayError: nothing is counted yet, ``infer`` would raise the same.
     """
     fields = header_fields(scope)
-    if b"accept-encoding" in fields or b"content-encoding" in fields or not principal.sees(name):
+    if b"accept-encoding" in fields or b"content-encoding" in fields:
         return None
     state = scope["state"]
-    served: ServedVersion = state["registry"].get(name, version)
+    plan: Plan | None = state["router"].plans.get(name)
+    if plan is None or version is not None:
+        if not principal.sees(name):
+            return None
+        route = None
+        served: ServedVersion = state["registry"].get(name, version)
+    else:
+        if not principal.sees(plan.model):
+            return None
+        # What was drawn counts, whichever way the request goes on: else each version's share would depend on how.
+        route = scope[_ROUTE] = plan.choose(principal.key_id, fields)
+        served = state["registry"].get(route.model, route.version)
     codec: SignatureCodec | None = served.wire
     batcher = served.batcher
     if codec is None or not batcher.inline or len(body) > _AT_ONCE_BYTES:
@@ -106,7 +130,86 @@ def infer_now(
     if json_length is not None:
         out = [_BINARY, (b"inference-header-content-length", b"%d" % json_length)]
     _account(scope, served, answer, out, len(whole), started, started, parsed, ran)
+    if route is not None:
+        route.stats.requests += 1
+        if route.plan.shadow is not None:
+            state["shadows"].offer(route.plan, route.version, request, answer.outputs)
     return out, whole
+
+
+async def _infer_by_alias(scope: Scope, receive: Receive, send: Send, route: Route, started: float) -> int:
+    """``infer`` on the version that an alias chose, and on its fallbacks where that one fails by its own fault.
+
+    A fallback takes the request as its own signature reads it; one that it does not fit is passed over. What fails last
+    does not matter: the answer tells of the version that was chosen.
+    """
+    stats = route.stats
+    stats.requests += 1
+    arrived: tuple[Body, float] | None = None
+    failure: GatewayError | None = None
+    crashes = 0
+    since = started
+    for version in (route.version, *route.fallback):
+        served: ServedVersion | None = None
+        try:
+            served = await _target(scope, route, version, started)
+            if arrived is None:
+                arrived = await _arrived(scope, receive)
+            size = await _infer(scope, receive, send, served, version, started, since, *arrived, route)
+        except GatewayError as error:
+            now = perf_counter()
+            if served is not None and not (failure is not None and isinstance(error, MalformedRequestError)):
+                served.stats.finished(now - since, error.code)
+            if failure is None:
+                failure = error
+                stats.failed(error.code)
+                if served is not None:
+                    _name_version(scope, served)
+                if error.code not in FALLBACK_CODES:
+                    raise
+            elif isinstance(error, CancelledByCallerError):
+                raise
+            crashes += error.code == "worker_crashed"
+            if crashes > 1 or error.code == "deadline_exceeded":
+                break
+            since = now
+        else:
+            if failure is not None:
+                stats.fallbacks += 1
+            return size
+    assert failure is not None  # the loop has run at least once
+    raise failure
+
+
+async def _target(scope: Scope, route: Route, version: int, started: float) -> ServedVersion:
+    """A version that an alias names; that it is gone is not the caller's error."""
+    try:
+        return await _loaded(scope, route.model, version, started)
+    except NotFoundError:
+        raise ModelNotReadyError(
+            f"Request for unready model: '{route.model}@{route.alias}' names version {version}, which is not here"
+        ) from None
+
+
+async def _loaded(scope: Scope, name: str, version: int | None, started: float) -> ServedVersion:
+    """A model version, loaded."""
+    served: ServedVersion = scope["state"]["registry"].get(name, version)
+    return served
+
+
+async def _arrived(scope: Scope, receive: Receive) -> tuple[Body, float]:
+    """The request's body, decompressed, and when it was here, on ``perf_counter``."""
+    headers = header_fields(scope)
+    head = headers.get(b"inference-header-content-length")
+    header_length = None if head is None else _header_length(head)
+    declared = headers.get(b"content-length")
+    limit = scope["state"]["settings"].body_limit_bytes
+    body = await read_body(receive, None if declared is None else int(declared), limit, header_length or 0)
+    received = perf_counter()
+    encoding = headers.get(b"content-encoding")
+    if encoding is not None:
+        body = await inflate(body, encoding, limit)
+    return body, received
 
 
 async def _infer(
@@ -116,22 +219,22 @@ async def _infer(
     served: ServedVersion,
     version: int | None,
     started: float,
-    arrived: tuple[Body, float] | None = None,
+    since: float,
+    body: Body,
+    received: float,
+    route: Route | None = None,
 ) -> int:
+    """Run a request on one version and send the answer.
+
+    Args:
+        version: as it was asked for.
+        started: when the request came; since: when this version's turn came, which is later for a fallback.
+        route: by which alias it came, where it did.
+    """
     headers = header_fields(scope)
     settings = scope["state"]["settings"]
     head = headers.get(b"inference-header-content-length")
     header_length = None if head is None else _header_length(head)
-    if arrived is None:
-        declared = headers.get(b"content-length")
-        limit = settings.body_limit_bytes
-        body = await read_body(receive, None if declared is None else int(declared), limit, header_length or 0)
-        received = perf_counter()
-        encoding = headers.get(b"content-encoding")
-        if encoding is not None:
-            body = await inflate(body, encoding, limit)
-    else:
-        body, received = arrived
     codec: SignatureCodec | None = served.wire
     if codec is None:
         codec = served.wire = SignatureCodec(served.name, str(served.version), served.batcher.signature)
@@ -157,10 +260,10 @@ async def _infer(
     except ShuttingDownError:
         # A reload retired this version while the body arrived or was read, and its successor is in place already. A
         # model that is gone for good is told of in the registry's words.
-        successor = scope["state"]["registry"].get(served.name, version)
+        successor = await _loaded(scope, served.name, version, started)
         if successor is served:
             raise
-        return await _infer(scope, receive, send, successor, version, started, (body, received))
+        return await _infer(scope, receive, send, successor, version, started, since, body, received, route)
     ran = perf_counter()
     if codec.encodes_long(request, answer.outputs):
         parts, json_length = await asyncio.to_thread(codec.encode, request, answer.outputs)
@@ -178,7 +281,11 @@ async def _infer(
         out.append((b"vary", b"accept-encoding"))
     if json_length is not None:
         out.append((b"inference-header-content-length", b"%d" % json_length))
-    _account(scope, served, answer, out, size, started, received, parsed, ran)
+    if route is not None and route.version != served.version:
+        out.append((b"inferway-fallback", b"%d" % route.version))
+        # What the failed version said of itself goes with its error, which nobody gets to see.
+        scope["response_headers"] = tuple(h for h in scope["response_headers"] if h[0] != _MODEL_VERSION)
+    _account(scope, served, answer, out, size, since, max(received, since), parsed, ran)
     if scope["response_headers"]:
         out += scope["response_headers"]
     await send({"type": "http.response.start", "status": 200, "headers": out})
@@ -190,7 +297,14 @@ async def _infer(
         for part in parts[:-1]:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": parts[-1]})
+    if route is not None and route.plan.shadow is not None:
+        scope["state"]["shadows"].offer(route.plan, served.version, request, answer.outputs)
     return size
+
+
+def _name_version(scope: Scope, served: ServedVersion) -> None:
+    """Have an error say which version it comes from."""
+    scope["response_headers"] = (*scope["response_headers"], (_MODEL_VERSION, b"%d" % served.version))
 
 
 def _account(
@@ -213,6 +327,7 @@ def _account(
     out += (
         (b"content-length", b"%d" % size),
         (b"x-request-id", scope["request_id"]),
+        served.wire.version_header,
         (
             b"server-timing",
             b"parse;dur=%b, queue;dur=%b, assemble;dur=%b, run;dur=%b, serialise;dur=%b"

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..core.errors import GatewayError, ModelNotFoundError, PermissionDeniedError, UnauthenticatedError
 from ..core.keys import ANONYMOUS, Authenticator, Principal
+from ..core.routing import bare_name
 from .key_bodies import deprecation
 
 Endpoint = Callable[..., Awaitable[Any]]
@@ -101,7 +102,7 @@ class ApiRoute(Route):
         if principal is not None and principal.rotated_at is not None:
             scope["response_headers"] = deprecation(principal)
         name = scope["path_params"].get("model")
-        if name is not None and principal is not None and not principal.sees(name):
+        if name is not None and principal is not None and not principal.sees(bare_name(name)):
             # The same words as for a model that does not exist, so that a key learns nothing of other people's.
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
         await self.app(scope, receive, send)
