@@ -12,11 +12,11 @@ import asyncio
 import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
-from .backend import Artifact, Backend, Profile, Session
+from .backend import Artifact, Backend, Session
 from .batcher import Batcher
 from .errors import (
     ConflictError,
@@ -26,9 +26,12 @@ from .errors import (
     ModelNotReadyError,
     VersionNotFoundError,
 )
-from .execution import Executor
+from .managed import ManagedVersions
 from .model_config import ModelConfig
 from .runners import RunnerPool
+from .served import IndexEntry as IndexEntry
+from .served import ModelEntry, ModelTable, State
+from .served import ServedVersion as ServedVersion
 from .stats import ModelStats
 
 logger = logging.getLogger("inferway.models")
@@ -38,7 +41,6 @@ LOADER_THREAD: Final = "inferway-load"
 _LOAD_GRACE_S: Final = 1.0
 """How long the end waits for a look at the repository, or a quick load, that is under way."""
 
-State = Literal["UNKNOWN", "READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
 ModelControl = Literal["none", "explicit", "poll"]
 
 
@@ -68,71 +70,22 @@ class Repository(Protocol):
     def with_config(self, model: Any, config: dict[str, Any], /) -> RepositoryModel: ...
 
 
-@dataclass(slots=True, eq=False)
-class ServedVersion:
-    """A model version that is loaded.
-
-    Attributes:
-        session: what stands behind the executor and is closed after it; None for a remote model and a pipeline.
-        batcher: what answers its requests: a batcher over the session, or another executor.
-        wire: whatever the HTTP side keeps beside the version, so that it goes with it.
-    """
-
-    name: str
-    version: int
-    config: ModelConfig
-    session: Session | None
-    batcher: Executor
-    stats: ModelStats
-    wire: Any = None
-
-    @property
-    def profile(self) -> Profile:
-        """What was measured of the session; the profile of nothing where there is none."""
-        return self.session.profile if self.session is not None else Profile()
-
-
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """One line of the repository index. ``version`` is empty where a model has none."""
-
-    name: str
-    version: str
-    state: State
-    reason: str
-
-
-@dataclass(slots=True)
-class _Model:
-    name: str
-    ready: dict[int, ServedVersion] = field(default_factory=dict)
-    states: dict[int, tuple[State, str]] = field(default_factory=dict)
-    latest: ServedVersion | None = None
-    problem: str | None = None
-    fingerprint: str | None = None
-    loaded: dict[int, str] = field(default_factory=dict)
-    """Version to the fingerprint of the files that it was loaded from."""
-    wanted: bool = True
-    settled: bool = False
-    """Every version that was asked for has been ready at one time, and since then it never was without one."""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
 class Registry:
     """Model name to versions to sessions.
 
     Args:
-        repository: where the models are.
+        repository: the operator's folder of models; None where there is none.
         backend: opens them.
         runners: the threads that they run on.
         control: ``none`` and ``explicit`` as in the settings; ``poll`` follows the directory every ``poll_interval_s``.
         run_timeout_s: the longest run of a model whose configuration says nothing.
         drain_timeout_s: how long an unloaded version may still answer what it had taken.
+        managed: the catalog's versions, which stand beside the folder's. A name that both have is the folder's.
     """
 
     def __init__(
         self,
-        repository: Repository,
+        repository: Repository | None,
         backend: Backend,
         runners: RunnerPool,
         *,
@@ -142,6 +95,7 @@ class Registry:
         run_timeout_s: float = 30.0,
         drain_timeout_s: float = 30.0,
         strict_readiness: bool = True,
+        managed: ManagedVersions | None = None,
     ) -> None:
         self._repository = repository
         self._backend = backend
@@ -152,7 +106,8 @@ class Registry:
         self._run_timeout_s = run_timeout_s
         self._drain_timeout_s = drain_timeout_s
         self._strict_readiness = strict_readiness
-        self._models: dict[str, _Model] = {}
+        self._managed = managed
+        self._models: ModelTable = {} if managed is None else managed.table
         self._loader = ThreadPoolExecutor(1, thread_name_prefix=LOADER_THREAD)
         self._work: set[Future[Any]] = set()
         self._abandoned = False
@@ -185,6 +140,34 @@ class Registry:
             f"Request for unready model: '{name}' version {version} is {state.lower()}"
             + (f", {reason}" if reason else "")
         )
+
+    async def acquire(self, name: str, version: int | None = None, *, deadline: float | None = None) -> ServedVersion:
+        """``get`` for a request that may wait: a version of the catalog that is not loaded is loaded for it.
+
+        Args:
+            deadline: moment on the loop's clock after which nobody wants it.
+        Raises:
+            ModelNotFoundError, VersionNotFoundError: there is none such.
+            ModelNotReadyError: it could not be loaded, or not in time; says when to come back.
+            MemoryExceededError: it needs more memory than there is.
+            DeadlineExceededError: the deadline passed before it was loaded.
+        """
+        try:
+            return self.get(name, version)
+        except ModelNotReadyError:
+            if self._managed is None or self._draining or not self.is_managed(name):
+                raise
+        return await self._managed.acquire(name, version, deadline=deadline)
+
+    def is_managed(self, name: str) -> bool:
+        """Whether the model of that name is the catalog's."""
+        model = self._models.get(name)
+        return model is not None and model.managed
+
+    def in_folder(self, name: str) -> bool:
+        """Whether the folder has a model of that name, so that none can be deployed under it."""
+        model = self._models.get(name)
+        return model is not None and not model.managed
 
     def versions(self, name: str) -> list[int]:
         """The ready versions of a model, ascending; ``ModelNotFoundError`` where it does not exist."""
@@ -221,7 +204,7 @@ class Registry:
         A model that was, and goes on with what it has while something newer is loaded or could not be, still is: else
         one bad file would take every gateway that follows the directory out of service at once.
         """
-        if not self._started or self._draining:
+        if not self._started or self._draining or not (self._managed is None or self._managed.settled):
             return False
         return not self._strict_readiness or all(m.settled or not m.wanted for m in self._models.values())
 
@@ -239,7 +222,7 @@ class Registry:
             done = await self._try_sync(only, first=not self._started)
             if done and not self._started:
                 self._started = True
-                logger.info("%d model versions are ready", sum(len(m.ready) for m in self._models.values()))
+                logger.info("%d model versions of the folder are ready", sum(len(m.ready) for m in self._own()))
             if done and self._control != "poll":
                 return
             # Also after a first failure: the folder may be mounted a moment later than we start.
@@ -254,20 +237,21 @@ class Registry:
             ConflictError: the gateway does not take such words.
             ModelLoadError: with ``failed to load '<name>'`` and why; what served before serves on.
         """
-        self._check_explicit()
+        self._check_explicit(name)
         try:
-            found = (await self._in_loader(self._repository.scan)).get(name)
+            found = (await self._scan()).get(name)
         except OSError as error:
             logger.error("could not read the model repository: %s", error.strerror)
             raise ModelLoadError(f"failed to load '{name}': the model repository cannot be read") from error
         if found is None:
             raise ModelLoadError(f"failed to load '{name}': no such model in the repository")
         if config is not None:
+            assert self._repository is not None  # something was found in it
             try:
                 found = await self._in_loader(self._repository.with_config, found, config)
             except ValueError as error:
                 raise ModelLoadError(_load_message(name, None, str(error))) from None
-        model = self._models.setdefault(name, _Model(name))
+        model = self._entry(name)
         model.wanted = True
         problems = await self._apply(model, found)
         if problems:
@@ -280,13 +264,16 @@ class Registry:
             ConflictError: the gateway does not take such words.
             ModelNotFoundError: no such model.
         """
-        self._check_explicit()
+        self._check_explicit(name)
         model = self._models.get(name)
         if model is None:
             raise ModelNotFoundError(f"failed to unload '{name}': no such model")
         model.wanted = False
         async with model.lock:
             await self._retire_all(model, "unloaded")
+        with suppress(OSError):  # then nobody knows, and it stays
+            if name not in await self._scan():
+                self._drop(model)
 
     def begin_drain(self) -> None:
         """From now on not ready, so that balancers look elsewhere; requests are still answered."""
@@ -304,17 +291,49 @@ class Registry:
                 self._abandoned = bool(late)
                 for future in late:
                     future.cancel()  # the loop may be gone when the thread is done
-            await asyncio.gather(*(self._retire_all(m, "shutting down") for m in self._models.values()))
+            await asyncio.gather(*(self._retire_all(m, "shutting down") for m in self._own()))
+            if self._managed is not None:
+                await self._managed.close()
         finally:
             self._loader.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ how
 
-    def _check_explicit(self) -> None:
+    def _check_explicit(self, name: str) -> None:
+        if self.is_managed(name):
+            raise ConflictError(f"'{name}' was deployed: its versions are loaded when they are asked for")
         if self._control == "poll":
             raise ConflictError("explicit model load / unload is not allowed if polling is enabled")
         if self._control == "none":
             raise ConflictError("explicit model load / unload is not allowed, expected model control mode 'explicit'")
+
+    def _own(self) -> list[ModelEntry]:
+        """The folder's models."""
+        return [model for model in self._models.values() if not model.managed]
+
+    def _entry(self, name: str, *, wanted: bool = True) -> ModelEntry:
+        """The entry of a model that the folder has. One of the catalog gives way to it."""
+        model = self._models.get(name)
+        if model is None or model.managed:
+            deployed = model is not None
+            model = self._models[name] = ModelEntry(name, wanted=wanted)
+            if deployed and self._managed is not None:
+                logger.warning("the folder has a model '%s', which hides the one that was deployed", name)
+                self._managed.hide(name)
+        return model
+
+    def _drop(self, model: ModelEntry) -> None:
+        """Forget a model that the folder has no more."""
+        if self._models.get(model.name) is model:
+            del self._models[model.name]
+            if self._managed is not None:
+                self._managed.reveal(model.name)
+
+    async def _scan(self) -> Mapping[str, RepositoryModel]:
+        found: Mapping[str, RepositoryModel] = {}
+        if self._repository is not None:
+            found = await self._in_loader(self._repository.scan)
+        return found
 
     async def _in_loader(self, call: Any, *args: Any) -> Any:
         work = self._loader.submit(call, *args)
@@ -336,30 +355,30 @@ class Registry:
 
     async def _sync(self, only: tuple[str, ...] | None, *, first: bool = False) -> None:
         """Bring what is loaded in line with the repository."""
-        found: Mapping[str, RepositoryModel] = await self._in_loader(self._repository.scan)
+        found = await self._scan()
         if first:
             for name in sorted(found):
                 # An operator's word may have come before this.
-                self._models.setdefault(name, _Model(name, wanted=only is None or name in only))
+                self._entry(name, wanted=only is None or name in only)
             for name in only or ():
                 if name not in found:
                     logger.error("asked to load '%s' at start: no such model in the repository", name)
         for name in sorted(found):
-            model = self._models.setdefault(name, _Model(name))
+            model = self._entry(name)
             if model.wanted and (first or model.fingerprint != found[name].fingerprint):
                 await self._apply(model, found[name])
-        for name in [n for n in self._models if n not in found]:
-            model = self._models[name]
+        for model in [model for model in self._own() if model.name not in found]:
+            self._drop(model)  # first: while it answers what it has taken, nobody is told that it is there
             async with model.lock:
                 await self._retire_all(model, "removed from the repository")
-            del self._models[name]
 
-    async def _apply(self, model: _Model, found: RepositoryModel) -> list[str]:
+    async def _apply(self, model: ModelEntry, found: RepositoryModel) -> list[str]:
         """Load every version that is to be served, then retire those that are not. Returns what went wrong."""
         async with model.lock:
             model.fingerprint = found.fingerprint
             model.problem = None
             problems: list[str] = []
+            assert self._repository is not None  # something was found in it
             wanted = self._repository.served_versions(found)
             if found.error is not None or not wanted:
                 model.problem = _load_message(model.name, None, found.error or "no version to serve")
@@ -385,7 +404,7 @@ class Registry:
                 model.states.pop(version, None)
             return problems
 
-    async def _load_version(self, model: _Model, found: RepositoryModel, version: int) -> str | None:
+    async def _load_version(self, model: ModelEntry, found: RepositoryModel, version: int) -> str | None:
         """Load one version and swap it in. Returns why that failed; what served before then serves on."""
         try:
             session: Session = await self._in_loader(self._backend.open, found.artifact(version))
@@ -412,7 +431,7 @@ class Registry:
         model.ready[version] = served
         model.states[version] = ("READY", "")
         model.loaded[version] = found.version_fingerprints[version]
-        model.latest = model.ready[max(model.ready)]
+        model.choose_latest()
         profile = session.profile
         logger.info(
             "'%s' version %d is ready in %.2f s (%s, %s)",
@@ -426,15 +445,15 @@ class Registry:
             await self._dispose(old)
         return None
 
-    async def _retire(self, model: _Model, version: int) -> None:
+    async def _retire(self, model: ModelEntry, version: int) -> None:
         served = model.ready.pop(version, None)
         model.loaded.pop(version, None)
-        model.latest = model.ready[max(model.ready)] if model.ready else None
+        model.choose_latest()
         if served is not None:
             model.states[version] = ("UNLOADING", "")
             await self._dispose(served)
 
-    async def _retire_all(self, model: _Model, reason: str) -> None:
+    async def _retire_all(self, model: ModelEntry, reason: str) -> None:
         model.settled = False
         for version in list(model.states):
             await self._retire(model, version)
@@ -455,7 +474,7 @@ class Registry:
         logger.info("'%s' version %d is unloaded", served.name, served.version)
 
 
-def _why(model: _Model) -> str:
+def _why(model: ModelEntry) -> str:
     if model.problem:
         return f"has no ready version: {model.problem}"
     if not model.wanted:
