@@ -267,11 +267,11 @@ def _forget_environment(keep: Collection[str]) -> None:
 
 
 def _close_others(kept: set[int]) -> None:
-    first = 0
-    for fd in sorted(kept):
-        os.closerange(first, fd)
-        first = fd + 1
-    os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    # Not a range up to the limit: that may be a thousand million.
+    for entry in list(Path("/dev/fd").iterdir()):
+        if int(entry.name) not in kept:
+            with contextlib.suppress(OSError):  # the one that listed them
+                os.close(int(entry.name))
 
 
 def _set_limits(limits: Limits) -> None:
