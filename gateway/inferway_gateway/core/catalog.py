@@ -329,12 +329,15 @@ class Catalog(Protocol):
         ...
 
     async def set_alias(self, model: str, alias: str, spec: AliasSpec, *, by: str, kind: EventKind = "alias_set",
-                        expected_revision: int | None = None, detail: Mapping[str, Any] | None = None
-                        ) -> AliasRecord:  # fmt: skip
+                        expected_revision: int | None = None, detail: Mapping[str, Any] | None = None,
+                        checked: bool = False) -> AliasRecord:  # fmt: skip
         """Point an alias. Where it is so already, nothing is written, and what it was before stays as it was.
 
         Args:
             expected_revision: 0 means that there is no such alias yet; None: whatever it is.
+            detail: for the event, beside what the alias is and was; its member ``version`` is the event's.
+            checked: the caller knows that the versions are there. So it is for a model of the folder, whose versions
+                are not in the catalog.
         Raises:
             ModelNotFoundError: the model has no version at all.
             VersionNotFoundError: a version that it names does not exist.

@@ -14,6 +14,13 @@ SECONDS_BOUNDS: Final = (
     1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
     1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 )  # fmt: skip
+REQUEST_BOUNDS: Final = tuple(
+    sorted(
+        {float(f"{m}e{e}") for e in range(-5, 2) for m in (1, 1.2, 1.5, 1.8, 2.1, 2.5, 3, 3.5, 4.2, 5, 6, 7.2, 8.5)}
+        | set(SECONDS_BOUNDS)
+    )
+)
+"""Of whole requests: neighbours are at most 1.25 times each other, so that percentiles of two versions compare."""
 ROWS_BOUNDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 
 
@@ -79,7 +86,7 @@ class ModelStats:
     batches: dict[int, BatchStat] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     stages: dict[str, Histogram] = field(default_factory=lambda: {stage: Histogram() for stage in STAGES})
-    request: Histogram = field(default_factory=Histogram)
+    request: Histogram = field(default_factory=lambda: Histogram(REQUEST_BOUNDS))
     batch_rows: Histogram = field(default_factory=lambda: Histogram(ROWS_BOUNDS))
     queued_requests: int = 0
     queued_rows: int = 0

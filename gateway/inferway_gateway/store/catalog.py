@@ -285,6 +285,7 @@ class SqlCatalog(SqlStore):
         kind: EventKind = "alias_set",
         expected_revision: int | None = None,
         detail: Mapping[str, Any] | None = None,
+        checked: bool = False,
     ) -> AliasRecord:
         now = self._now()
 
@@ -297,7 +298,9 @@ class SqlCatalog(SqlStore):
                     f"expected alias '{alias}' to be at revision {expected_revision}, it is at {at}; "
                     "read it again and decide anew"
                 )
-            return _point(connection, revision, now, model, alias, spec, by=by, kind=kind, detail=detail)
+            return _point(
+                connection, revision, now, model, alias, spec, by=by, kind=kind, detail=detail, checked=checked
+            )
 
         return await self._call(work, write=True)
 
@@ -666,17 +669,19 @@ def _point(
     by: str,
     kind: EventKind = "alias_set",
     detail: Mapping[str, Any] | None = None,
+    checked: bool = False,
 ) -> AliasRecord:
     """Point an alias, unless it is so already.
 
     Its revision is the catalog's, so that one that was deleted and made again never has a revision twice.
     """
-    present = connection.execute(sa.select(VERSIONS.c.version).where(VERSIONS.c.model == model)).scalars().all()
-    if not present:
-        raise _no_model(model)
-    for version in _named(spec):
-        if version not in present:
-            raise _no_version(model, version)
+    if not checked:
+        present = connection.execute(sa.select(VERSIONS.c.version).where(VERSIONS.c.model == model)).scalars().all()
+        if not present:
+            raise _no_model(model)
+        for version in _named(spec):
+            if version not in present:
+                raise _no_version(model, version)
     there = _alias_or_none(connection, model, alias)
     if there is not None and there.spec == spec:
         return there
@@ -693,7 +698,7 @@ def _point(
         here = sa.and_(ALIASES.c.model == model, ALIASES.c.alias == alias)
         connection.execute(ALIASES.update().where(here).values(**values))
     told = {"spec": values["spec"], "previous": values["previous"], **(detail or {})}
-    only = next(iter(spec.weights)) if len(spec.weights) == 1 else None
+    only = told.get("version", next(iter(spec.weights)) if len(spec.weights) == 1 else None)
     _event(connection, now, kind, model, by, version=only, alias=alias, detail=told)
     return _found_alias(connection, model, alias)
 
