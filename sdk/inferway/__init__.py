@@ -72,9 +72,11 @@ if TYPE_CHECKING:
         RetryPolicy,
         Timeout,
     )
+    from ._progress import DeployEvent
     from ._raw import RawResponse
     from ._signature import ModelMetadata, TensorSpec
     from ._version import __version__
+    from .resources.deployments import AsyncDeployment, Deployment
     from .resources.inference import AsyncModelHandle, ModelHandle
 
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "APIStatusError",
     "APITimeoutError",
     "AliasNotFoundError",
+    "AsyncDeployment",
     "AsyncInferway",
     "AsyncModelHandle",
     "AuthenticationError",
@@ -95,6 +98,8 @@ __all__ = [
     "ConfigurationError",
     "ConflictError",
     "DeadlineExceededError",
+    "DeployEvent",
+    "Deployment",
     "DeploymentFailedError",
     "DeploymentNotFoundError",
     "DigestMismatchError",
@@ -141,9 +146,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AsyncDeployment": "resources.deployments",
     "AsyncInferway": "_client",
     "AsyncModelHandle": "resources.inference",
     "Clock": "_options",
+    "DeployEvent": "_progress",
+    "Deployment": "resources.deployments",
     "InferenceResult": "_inference",
     "Inferway": "_client",
     "ModelHandle": "resources.inference",

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, Unpack
 
+from ._calls import reader
 from ._core import DEFAULT_BASE_URL, MAX_RESPONSE_BYTES, Call, Config, Reply, authorization, json_call, path_of
 from ._engine import AsyncEngine, SyncEngine, logger
 from ._errors import ConfigurationError
@@ -46,7 +47,7 @@ from ._transport import AsyncHTTPClient, SyncHTTPClient, SyncSender, split_base_
 from .resources.health import AsyncHealth, Health
 from .resources.inference import AsyncModelHandle, ModelHandle, run, run_async
 from .resources.keys import AsyncKeys, Keys
-from .resources.models import AsyncModels, Models, reader
+from .resources.models import AsyncModels, Models
 
 if TYPE_CHECKING:
     from inferway_contract.models import ServerMetadata

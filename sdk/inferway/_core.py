@@ -63,8 +63,45 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_process_id)
 
 HeaderList: TypeAlias = list[tuple[str, str]]
-Body: TypeAlias = "bytes | tuple[Any, ...]"
-"""Bytes, or pieces of the buffer protocol that are sent one after the other without being joined."""
+
+
+class Stream:
+    """A body that is read while it is sent, in pieces of the buffer protocol.
+
+    Attributes:
+        size: bytes.
+        read: begins to read; called for each attempt.
+        sent: told the number of bytes of each piece that the connection has taken.
+        blocking: reading waits for a disk, which an event loop must not.
+        stall_s: how long the connection may take for one piece, in seconds.
+    """
+
+    __slots__ = ("blocking", "read", "sent", "size", "stall_s")
+
+    def __init__(
+        self,
+        read: Callable[[], Iterator[Any]],
+        size: int,
+        sent: Callable[[int], object],
+        *,
+        blocking: bool,
+        stall_s: float | None,
+    ) -> None:
+        self.read = read
+        self.size = size
+        self.sent = sent
+        self.blocking = blocking
+        self.stall_s = stall_s
+
+    def __iter__(self) -> Iterator[Any]:
+        for piece in self.read():
+            yield piece
+            # Whoever iterates comes back when the piece is on its way.
+            self.sent(len(piece))
+
+
+Body: TypeAlias = "bytes | tuple[Any, ...] | Stream"
+"""Bytes, or pieces of the buffer protocol that are sent one after the other without being joined, or a stream."""
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8080"
 MAX_RESPONSE_BYTES: Final = 256 * 1024 * 1024
@@ -235,7 +272,8 @@ def overridden(headers: HeaderList, more: Mapping[str, str] | None) -> HeaderLis
 
 def path_of(*segments: str) -> str:
     """A path of segments, each quoted as a whole, so that no name can leave its place."""
-    return "/" + "/".join(quote(segment, safe="") for segment in segments)
+    # "@" parts a model's name from an alias; RFC 3986, section 3.3, lets it stand in a path as it is.
+    return "/" + "/".join(quote(segment, safe="@") for segment in segments)
 
 
 def model_path(model: str, version: str | int | None, *operation: str) -> str:

@@ -11,7 +11,7 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from ._budget import RetryBudget
-from ._core import Call, Config, HeaderList, Plan, Reply, overridden, refuse_awaitable
+from ._core import Call, Config, HeaderList, Plan, Reply, Stream, overridden, refuse_awaitable
 from ._errors import APIError
 from ._options import NOT_GIVEN, RequestEvent, RequestOptions, Timeout
 from ._signature import ModelMetadata
@@ -42,6 +42,11 @@ class Signatures(dict[tuple[str, str | None], tuple[ModelMetadata, float]]):
         if len(self) >= _KEEP_SIGNATURES:
             self.clear()
         self[key] = (metadata, now)
+
+    def forget(self, model: str) -> None:
+        """After a change of what a model's name or its aliases mean: what they meant before."""
+        for key in [key for key in self if key[0].partition("@")[0] == model]:
+            self.pop(key, None)
 
 
 class _Engine:
@@ -237,6 +242,8 @@ class AsyncEngine(_Engine):
 
 def _length(plan: Plan) -> int:
     body = plan.call.body
+    if isinstance(body, Stream):
+        return body.size
     return len(body) if isinstance(body, bytes) else sum(len(memoryview(piece)) for piece in body)
 
 

@@ -98,6 +98,18 @@ class RawModels(RawView[Models]):
     index = RawMethod(Models.index)
     load = RawMethod(Models.load)
     unload = RawMethod(Models.unload)
+    deployments = RawMethod(Models.deployments)
+    describe = RawMethod(Models.describe)
+    catalog = RawMethod(Models.catalog)
+    versions = RawMethod(Models.versions)
+    version = RawMethod(Models.version)
+    update = RawMethod(Models.update)
+    delete = RawMethod(Models.delete)
+    aliases = RawMethod(Models.aliases)
+    alias = RawMethod(Models.alias)
+    set_alias = RawMethod(Models.set_alias)
+    delete_alias = RawMethod(Models.delete_alias)
+    rollback = RawMethod(Models.rollback)
 
 
 class RawKeys(RawView[Keys]):
@@ -122,6 +134,18 @@ class AsyncRawModels(RawView[AsyncModels]):
     index = AsyncRawMethod(AsyncModels.index)
     load = AsyncRawMethod(AsyncModels.load)
     unload = AsyncRawMethod(AsyncModels.unload)
+    deployments = AsyncRawMethod(AsyncModels.deployments)
+    describe = AsyncRawMethod(AsyncModels.describe)
+    catalog = AsyncRawMethod(AsyncModels.catalog)
+    versions = AsyncRawMethod(AsyncModels.versions)
+    version = AsyncRawMethod(AsyncModels.version)
+    update = AsyncRawMethod(AsyncModels.update)
+    delete = AsyncRawMethod(AsyncModels.delete)
+    aliases = AsyncRawMethod(AsyncModels.aliases)
+    alias = AsyncRawMethod(AsyncModels.alias)
+    set_alias = AsyncRawMethod(AsyncModels.set_alias)
+    delete_alias = AsyncRawMethod(AsyncModels.delete_alias)
+    rollback = AsyncRawMethod(AsyncModels.rollback)
 
 
 class AsyncRawKeys(RawView[AsyncKeys]):

@@ -30,7 +30,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpcore
 import httpx
 
-from ._core import Body, HeaderList, Plan, Reply
+from ._core import HeaderList, Plan, Reply, Stream
 from ._errors import (
     APIConnectionError,
     APIError,
@@ -143,8 +143,10 @@ def httpx_timeouts(plan: Plan, left: float | None) -> dict[str, float | None]:
     """What is left of a call's time as httpx's four limits."""
     limits = plan.timeout
     connect, read = limits.connect, limits.read
+    body = plan.call.body
+    write = body.stall_s if isinstance(body, Stream) else read
     if left is None:
-        return {"connect": connect, "read": read, "write": read, "pool": None}
+        return {"connect": connect, "read": read, "write": write, "pool": None}
     at = cast(float, plan.deadline)
     clock = plan.clock.monotonic
     whole = TimeLeft(left, at, clock, left)
@@ -152,7 +154,11 @@ def httpx_timeouts(plan: Plan, left: float | None) -> dict[str, float | None]:
     return {
         "connect": left if connect is None or connect >= left else connect,
         "read": part,
-        "write": part,
+        "write": part
+        if write == read
+        else whole
+        if write is None or write >= left
+        else TimeLeft(write, at, clock, write),
         "pool": left,
     }
 
@@ -398,13 +404,13 @@ class _Answer(httpx.SyncByteStream):
 
 
 class Pieces(httpx.SyncByteStream):
-    """A body of several buffers, sent without being joined; it can be sent any number of times."""
+    """A body of several buffers, or one that is read meanwhile; it can be sent any number of times."""
 
-    def __init__(self, buffers: tuple[Any, ...]) -> None:
-        self.buffers = buffers
+    def __init__(self, body: tuple[Any, ...] | Stream) -> None:
+        self.body = body
 
     def __iter__(self) -> Iterator[bytes]:
-        return pieces(self.buffers)
+        return iter(self.body) if isinstance(self.body, Stream) else pieces(self.body)
 
 
 def pieces(buffers: Sequence[Any]) -> Iterator[bytes]:
@@ -426,7 +432,7 @@ def read_before(response: Any) -> list[bytes] | None:
     return [response.content]
 
 
-def joined(body: Body) -> bytes:
+def joined(body: bytes | tuple[Any, ...]) -> bytes:
     """A body for a caller's own client, which may want to read it as bytes."""
     return body if isinstance(body, bytes) else b"".join(body)
 
@@ -467,7 +473,7 @@ class SyncSender:
                 request = self._client.build_request(
                     call.method,
                     self._base_url + call.path,
-                    content=joined(call.body),
+                    content=iter(call.body) if isinstance(call.body, Stream) else joined(call.body),
                     headers=headers,
                     timeout=foreign_timeout(self._client, timeouts),
                 )

@@ -27,7 +27,7 @@ from aiohttp.abc import AbstractStreamWriter
 from httpx_aiohttp import AiohttpTransport
 from multidict import CIMultiDict
 
-from ._core import HeaderList, Plan, Reply
+from ._core import HeaderList, Plan, Reply, Stream
 from ._deadlines import Deadlines
 from ._errors import APIConnectionError, APIError, ClientClosedError
 from ._options import Timeout
@@ -71,6 +71,43 @@ class AsyncPieces(httpx.AsyncByteStream, aiohttp.payload.Payload):
             yield piece
 
 
+class AsyncStream(httpx.AsyncByteStream, aiohttp.payload.Payload):
+    """A body that is read while it is sent; where reading waits for a disk, in a thread."""
+
+    _autoclose = True
+
+    def __init__(self, body: Stream) -> None:
+        super().__init__(body, content_type="application/octet-stream")
+        self._body = body
+        self._size = body.size
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        raise TypeError("a body of this length is not decoded")
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        async for piece in self:
+            # aiohttp's limits begin when the body is sent, so that a server which takes no more would hold it for ever.
+            try:
+                async with asyncio.timeout(self._body.stall_s):
+                    await writer.write(piece)
+                    await writer.drain()
+            except TimeoutError as error:
+                raise aiohttp.ServerTimeoutError("the body is not taken") from error
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        pieces = self._body.read()
+        while True:
+            piece = await asyncio.to_thread(next, pieces, None) if self._body.blocking else next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+            self._body.sent(len(piece))
+
+
+def _streamed(body: tuple[Any, ...] | Stream) -> AsyncPieces | AsyncStream:
+    return AsyncStream(body) if isinstance(body, Stream) else AsyncPieces(body)
+
+
 class _Answer(httpx.AsyncByteStream):
     __slots__ = ("_response",)
 
@@ -109,7 +146,7 @@ class LeanRequest(httpx.Request):
         url: httpx.URL,
         target: yarl.URL,
         pairs: HeaderList,
-        body: bytes | AsyncPieces,
+        body: bytes | AsyncPieces | AsyncStream,
         extensions: dict[str, Any],
     ) -> None:
         self.method = method
@@ -312,7 +349,7 @@ class AsyncSender:
                     call.method,
                     *(self._urls.get(call.path) or self._url(call.path)),
                     headers,
-                    body if isinstance(body, bytes) else AsyncPieces(body),
+                    body if isinstance(body, bytes) else _streamed(body),
                     self._extensions(plan.timeout),
                 )
             )
@@ -347,10 +384,11 @@ class AsyncSender:
         limit = asyncio.timeout(left)
         try:
             async with limit:
+                body = plan.call.body
                 request = client.build_request(
                     plan.call.method,
                     self._base_url + plan.call.path,
-                    content=joined(plan.call.body),
+                    content=aiter(AsyncStream(body)) if isinstance(body, Stream) else joined(body),
                     headers=headers,
                     timeout=foreign_timeout(client, httpx_timeouts(plan, left)),
                 )

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from inferway import AsyncInferway, AsyncModelHandle, Inferway, ModelHandle, _client, _raw
-from inferway.resources import health, keys, models
+from inferway.resources import deployments, health, keys, models
 
 TWINS: list[tuple[type[Any], type[Any]]] = [
     (Inferway, AsyncInferway),
     (ModelHandle, AsyncModelHandle),
     (models.Models, models.AsyncModels),
+    (deployments.Deployment, deployments.AsyncDeployment),
     (keys.Keys, keys.AsyncKeys),
     (health.Health, health.AsyncHealth),
     (_client.InferwayWithRawResponse, _client.AsyncInferwayWithRawResponse),
@@ -32,6 +33,9 @@ ALLOWED = [
     (r"Iterable\[object\] \| Iterable\[object\]", "Iterable[object]"),
     (r", from an iterable or an asynchronous one; or one\s+array", "; or one array"),
     (r"each in a (thread|task) of its own", "each in a thread or task of its own"),
+    (r"`await (deployment\.handle\.predict)", r"`\1"),
+    (r"interrupting `wait` with Ctrl\+C|cancelling `wait`", "ending `wait`"),
+    (r"Interrupting it with Ctrl\+C leaves|Cancelling it leaves", "Ending it leaves"),
     (r"(waits for|cancels) those that are running", "ends those that are running"),
     (r"safe to use from several threads|usable on any event loop", "usable by many"),
     (r"Safe to use from several threads and after a fork: a child process makes connections of its own\.|"
@@ -81,7 +85,7 @@ def test_twins_have_the_same_methods(sync: type[Any], asynchronous: type[Any], n
     if callable(one):
         assert signature_of(one) == signature_of(other)
         waits = inspect.iscoroutinefunction(other) or inspect.isasyncgenfunction(other)
-        special = {"__init__", "__repr__", "base_url", "with_raw_response", "map", "headers"}
+        special = {"__init__", "__repr__", "base_url", "with_raw_response", "map", "headers", "handle"}
         assert waits or name in SAME_IN_BOTH | special, f"{asynchronous.__name__}.{name} does not wait"
 
 
@@ -100,7 +104,8 @@ def test_every_method_of_the_api_has_its_raw_form() -> None:
         (health.Health, _raw.RawHealth),
     ):
         wanted = {name for name in public(plain) if not name.startswith("__")}
-        # Neither a list that fetches pages nor a wait is one answer.
-        assert wanted - {"wait_until_ready"} - ({"list"} if plain is keys.Keys else set()) == {
+        # Neither a list that fetches pages nor what takes several calls is one answer; a deployment goes on asking.
+        several = {"wait_until_ready", "deploy", "deployment", "events"}
+        assert wanted - several - ({"list"} if plain is keys.Keys else set()) == {
             name for name in public(raw) if not name.startswith("__")
         }

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Genera
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, Literal, Unpack, cast, overload
 
+from .._calls import metadata_call
 from .._core import Call, model_path
 from .._engine import AsyncEngine, SyncEngine
 from .._errors import ConfigurationError, InferwayError, InvalidInputError, InvalidTensorError
@@ -25,7 +26,6 @@ from .._inputs import fit, items_of
 from .._options import RequestOptions
 from .._signature import ModelMetadata
 from .._tensors import Array
-from .models import metadata_call
 
 _FRESH_S: Final = 1.0
 """A signature younger than this is believed, so that a loop over bad inputs does not fetch it for each of them."""

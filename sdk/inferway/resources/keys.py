@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 from urllib.parse import urlencode
 
+from .._calls import reader
 from .._core import Call, json_call, path_of
 from .._engine import AsyncEngine, SyncEngine
 from .._errors import APIResponseValidationError, ConfigurationError
 from .._options import NOT_GIVEN, NotGiven, RequestOptions
-from .models import reader
 
 if TYPE_CHECKING:
     from inferway_contract.models import KeyCreated, KeyList, KeyRecord, KeyRotated

@@ -1,0 +1,76 @@
+"""Golden examples: inputs with the outputs that they must give, as ``golden.json`` takes them.
+
+A gateway runs them before a version may serve. They are written as tensors of the Open Inference Protocol, so that they
+are held against the model's own signature here, like the inputs of any call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from ._errors import ConfigurationError, InvalidInputError
+from ._inputs import fit
+from ._signature import ModelMetadata
+from ._tensors import Array, json_data, widen_bf16
+
+GOLDEN_FILE: Final = "golden.json"
+Golden: TypeAlias = "Sequence[tuple[object, object]]"
+"""Pairs of inputs and the outputs that belong to them, each as `ModelHandle.infer` takes inputs."""
+
+_UNKNOWN: Final = ModelMetadata(name="the model", versions=(), platform="", inputs=(), outputs=())
+
+
+def golden_json(golden: Golden, signature: ModelMetadata | None) -> bytes:
+    """The content of ``golden.json``.
+
+    Args:
+        signature: the model's, against which examples are checked and cast; None where it is not known.
+    Raises:
+        ConfigurationError: it is no list of pairs, or an empty one.
+        InvalidInputError: an example does not fit the signature; the message counts from 1.
+    """
+    if isinstance(golden, str | bytes) or not isinstance(golden, Sequence) or not golden:
+        raise ConfigurationError("golden expects a list of pairs (inputs, outputs)")
+    takes = signature or _UNKNOWN
+    # Outputs are checked as if they were inputs: one needs none of them all, but at least one.
+    gives = replace(takes, inputs=tuple(replace(spec, optional=True) for spec in takes.outputs))
+    examples: list[dict[str, Any]] = []
+    for number, pair in enumerate(golden, 1):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ConfigurationError(
+                f"golden expects pairs (inputs, outputs), got {type(pair).__name__} as the {number}."
+            )
+        try:
+            inputs, outputs = _tensors(takes, pair[0]), _tensors(gives, pair[1])
+        except InvalidInputError as error:
+            raise InvalidInputError(f"golden example {number}: {error}", tensor=error.tensor) from error
+        if not outputs:
+            raise InvalidInputError(f"golden example {number}: expected at least one output")
+        examples.append({"inputs": inputs, "outputs": outputs})
+    return json.dumps({"examples": examples}, separators=(",", ":"), allow_nan=True).encode()
+
+
+def _tensors(model: ModelMetadata, values: object) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": spec.name,
+            "datatype": spec.datatype,
+            "shape": list(array.shape),
+            "data": _data(array, spec.datatype, spec.name),
+        }
+        for spec, array in fit(model, values)
+    ]
+
+
+def _data(array: Array, datatype: str, name: str) -> Any:
+    """A tensor's elements. The protocol's JSON has no half precision; in this file it stands as its numbers."""
+    if datatype == "BF16":
+        return widen_bf16(array).ravel().tolist()
+    if datatype == "FP16":
+        return array.astype(np.float32).ravel().tolist()
+    return json.loads(json_data(array, datatype, name))
