@@ -78,6 +78,7 @@ class InferenceRequest:
         deadline: moment on the monotonic clock after which nobody wants the answer.
         queue_timeout_s: how long the request may wait before its run begins (the protocol's ``timeout``).
         origin: headers by which servers elsewhere recognise the request, such as its id; passed on with it.
+        depth: how many pipelines it came through.
     """
 
     inputs: dict[str, NDArray[Any]]
@@ -88,6 +89,7 @@ class InferenceRequest:
     deadline: float | None = None
     queue_timeout_s: float | None = None
     origin: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
+    depth: int = field(default=0, kw_only=True)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,154 @@
+"""``remote.toml`` and ``pipeline.toml``: model versions without a model file of their own.
+
+    upstream = "triton-a"                       [[steps]]
+    model = "resnet"                            name = "tokenise"
+                                                model = "tokeniser@stable"
+                                                inputs = { text = "text" }
+
+Like ``inferway.toml`` both are strict: a member that is not known is an error that names it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from ..core.pipeline import MAX_STEPS, PipelineSpec, StepSpec, StepTarget
+from ..core.tensors import DTYPES, MAX_RANK, TensorSpec
+from ..core.upstream import Operation, RemoteSpec
+from .triton_config import ConfigError
+
+REMOTE_FILE: Final = "remote.toml"
+PIPELINE_FILE: Final = "pipeline.toml"
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_TARGET: Final = rf"^{_NAME}(@[a-z][a-z0-9-]{{0,62}}|/versions/[1-9][0-9]{{0,17}})?$"
+_Options = TypeVar("_Options", bound=BaseModel)
+TensorName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RemoteOptions(_Strict):
+    """The whole of ``remote.toml``; ``core.upstream.RemoteSpec`` says what each member is for."""
+
+    upstream: Annotated[str, Field(min_length=1, max_length=64)]
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    version: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    operation: Operation = "infer"
+    batched: bool | None = None
+    dimensions: PositiveInt | None = None
+    parameters: dict[str, Any] = {}
+
+    @field_validator("parameters")
+    @classmethod
+    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for reserved in ("model", "input", "messages", "prompt", "stream"):
+            if reserved in value:
+                raise ValueError(f"'{reserved}' is set by the gateway")
+        if not _is_json(value):
+            raise ValueError("expected what JSON has: no dates and times")
+        return value
+
+
+class TensorOptions(_Strict):
+    """One of ``[[inputs]]`` of a pipeline."""
+
+    name: TensorName
+    datatype: str
+    shape: Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(strict=False, max_length=MAX_RANK)]
+
+    @field_validator("datatype")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in DTYPES:
+            raise ValueError(f"expected one of {', '.join(DTYPES)}")
+        return value
+
+
+class StepOptions(_Strict):
+    """One of ``[[steps]]``.
+
+    Attributes:
+        model: ``NAME``, ``NAME@ALIAS`` or ``NAME/versions/NUMBER``.
+        inputs: each input of the model to what feeds it: an input of the pipeline, or ``STEP.OUTPUT``.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+    model: Annotated[str, Field(pattern=_TARGET)]
+    inputs: dict[TensorName, TensorName] = {}
+
+
+class PipelineOptions(_Strict):
+    """The whole of ``pipeline.toml``.
+
+    Attributes:
+        inputs: not said: derived from what the steps read and no step gives.
+        outputs: output to ``STEP.OUTPUT``; not said: every output that no step reads.
+    """
+
+    inputs: Annotated[tuple[TensorOptions, ...] | None, Field(strict=False)] = None
+    outputs: dict[TensorName, TensorName] | None = None
+    steps: Annotated[tuple[StepOptions, ...], Field(strict=False, min_length=1, max_length=MAX_STEPS)]
+
+
+def parse_remote(text: str) -> RemoteSpec:
+    """Read ``remote.toml``.
+
+    Raises:
+        ConfigError: the text is not TOML, or a member is unknown or has a wrong type or value; names the member.
+    """
+    options = _validated(RemoteOptions, text)
+    return RemoteSpec(**{name: getattr(options, name) for name in RemoteOptions.model_fields})
+
+
+def parse_pipeline(text: str) -> PipelineSpec:
+    """Read ``pipeline.toml``. Whether its names and types fit together is looked at when it is loaded.
+
+    Raises:
+        ConfigError: as ``parse_remote``.
+    """
+    options = _validated(PipelineOptions, text)
+    return PipelineSpec(
+        tuple(StepSpec(step.name, parse_step_target(step.model), dict(step.inputs)) for step in options.steps),
+        None if options.inputs is None else tuple(TensorSpec(t.name, t.datatype, t.shape) for t in options.inputs),
+        None if options.outputs is None else dict(options.outputs),
+    )
+
+
+def parse_step_target(text: str) -> StepTarget:
+    """``NAME``, ``NAME@ALIAS`` or ``NAME/versions/NUMBER``, checked before."""
+    name, separator, version = text.partition("/versions/")
+    if separator:
+        return StepTarget(name, version=int(version))
+    name, _, alias = text.partition("@")
+    return StepTarget(name, alias or None)
+
+
+def _validated(kind: type[_Options], text: str) -> _Options:
+    try:
+        return kind.model_validate(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"not TOML: {error}") from None
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(detail) for detail in error.errors(include_url=False))) from None
+
+
+def _explain(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{where} is not known"
+    if detail["type"] == "string_pattern_mismatch" and where.endswith(".model"):
+        return f"{where}: expected NAME, NAME@ALIAS or NAME/versions/NUMBER"
+    return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_json, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return isinstance(value, str | int | float | bool)
