@@ -12,13 +12,15 @@ from typing import Final, TypedDict
 from starlette.applications import Starlette
 
 from .backends.onnx import OnnxBackend
-from .core.errors import StoreUnavailableError
+from .core.errors import GatewayError, StoreUnavailableError
+from .core.guard import TrafficWatch, watch_traffic
 from .core.keys import Authenticator, KeyService
 from .core.registry import Registry, ServedVersion
 from .core.routing import Router
 from .core.runners import RunnerPool
 from .core.shadow import Shadows
-from .http import routes_docs, routes_keys, routes_oip
+from .core.stats import ModelStats
+from .http import routes_aliases, routes_docs, routes_keys, routes_oip
 from .http.application import GatewayApplication, InferRoute
 from .http.logs import access_log
 from .http.metrics import Metrics
@@ -49,6 +51,7 @@ class State(TypedDict):
     registry: Registry
     router: Router
     shadows: Shadows
+    watch: TrafficWatch
     authenticator: Authenticator | None
     keys: KeyService
     catalog: SqlCatalog
@@ -65,6 +68,8 @@ def routes() -> list[ApiRoute]:
     named = repository + "/{repository}"
     keys = "/api/v1/keys"
     own = frozenset({"self"})
+    aliases = "/api/v1/models/{model}/aliases"
+    alias = aliases + "/{alias}"
     return [
         ApiRoute("/v2/health/live", oip.live, "GET", public=True),
         ApiRoute("/v2/health/ready", oip.ready, "GET", public=True),
@@ -88,6 +93,11 @@ def routes() -> list[ApiRoute]:
         ApiRoute(named + "/index", oip.named_repository, "POST", scopes=READ),
         ApiRoute(named + "/models/{model}/load", oip.named_repository, "POST", scopes=DEPLOY),
         ApiRoute(named + "/models/{model}/unload", oip.named_repository, "POST", scopes=DEPLOY),
+        ApiRoute(aliases, routes_aliases.list_aliases, "GET", scopes=READ | DEPLOY),
+        ApiRoute(alias, routes_aliases.get_alias, "GET", scopes=READ | DEPLOY),
+        ApiRoute(alias, routes_aliases.set_alias, "PUT", scopes=DEPLOY),
+        ApiRoute(alias, routes_aliases.delete_alias, "DELETE", scopes=DEPLOY),
+        ApiRoute(alias + "/rollback", routes_aliases.roll_back, "POST", scopes=DEPLOY),
         ApiRoute("/metrics", oip.metrics, "GET", scopes=READ),
         ApiRoute("/openapi.json", routes_docs.openapi_json, "GET", basic=True),
         ApiRoute("/docs", routes_docs.docs_page, "GET", basic=True),
@@ -155,6 +165,14 @@ def create_app(settings: Settings) -> GatewayApplication:
 
             router = Router()
             shadows = await stack.enter_async_context(Shadows(find))
+
+            def stats_of(name: str, version: int) -> ModelStats | None:
+                try:
+                    return registry.get(name, version).stats
+                except GatewayError:
+                    return None
+
+            watch = TrafficWatch(router, stats_of)
             pepper = settings.key_pepper
             keys = await stack.enter_async_context(
                 open_keys(
@@ -170,11 +188,15 @@ def create_app(settings: Settings) -> GatewayApplication:
             app.begin_drain = registry.begin_drain
             loading = asyncio.create_task(registry.run(), name="inferway-registry")
             stack.push_async_callback(_end, loading)
+            router.update((await catalog.snapshot()).aliases)
+            watching = asyncio.create_task(watch_traffic(watch, catalog, router), name="inferway-guard")
+            stack.push_async_callback(_end, watching)
             yield State(
                 settings=settings,
                 registry=registry,
                 router=router,
                 shadows=shadows,
+                watch=watch,
                 authenticator=keys.authenticator if settings.auth else None,
                 keys=keys.service,
                 catalog=catalog,

@@ -655,14 +655,18 @@ class AliasTarget(Answer):
 class AliasTraffic(Answer):
     """What the gateway process that answers saw of one version through the alias, since it started.
 
-    ``p95_ms`` is over the guard's window; ``compared`` and ``differed`` count its answers as a shadow.
+    ``p95_ms`` is over the guard's window; ``compared`` and what follows is about the copies that it got as a shadow.
     """
 
     requests: Count
     errors: Count
+    fallbacks: Count
     p95_ms: Annotated[float, Field(ge=0)] | None
     compared: Count
     differed: Count
+    failed: Count
+    dropped: Count
+    largest_difference: Annotated[float, Field(ge=0)]
 
 
 class Alias(AliasTarget):

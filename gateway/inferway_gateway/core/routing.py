@@ -87,11 +87,11 @@ def check_alias_name(alias: str) -> None:
         )
 
 
-def check_spec(model: str, spec: AliasSpec, versions: Collection[int]) -> None:
+def check_spec(model: str, spec: AliasSpec, versions: Collection[int] | None = None) -> None:
     """Hold what an alias is to be against what it can be.
 
     Args:
-        versions: those that the model has.
+        versions: those that the model has; None leaves that out.
     Raises:
         InvalidParameterError: says which member is wrong and what to write instead.
         VersionNotFoundError: a version that it names does not exist.
@@ -103,6 +103,8 @@ def check_spec(model: str, spec: AliasSpec, versions: Collection[int]) -> None:
     _check_fallback(spec.fallback, spec.weights)
     if spec.guard is not None:
         _check_guard(spec.guard)
+    if versions is None:
+        return
     named = {*spec.weights, *spec.fallback} | ({spec.shadow.version} if spec.shadow is not None else set())
     missing = sorted(named.difference(versions))
     if missing:

@@ -25,7 +25,7 @@ _LIMIT: Final = re.compile(r"[0-9]{1,3}")
 
 async def create_key(request: Request) -> Response:
     """Make a key; the answer is the only place that ever shows it."""
-    body = key_bodies.read(contract.KeyCreate, await _json_object(request))
+    body = key_bodies.read(contract.KeyCreate, await json_object(request))
     new = await _keys(request).create(
         name=body.name,
         scopes=body.scopes,
@@ -65,7 +65,7 @@ async def revoke_key(request: Request) -> Response:
 
 async def rotate_key(request: Request) -> Response:
     """Put a new key in a key's place; the answer is the only place that ever shows it."""
-    body = key_bodies.read(contract.KeyRotate, await _json_object(request))
+    body = key_bodies.read(contract.KeyRotate, await json_object(request))
     new = await _keys(request).rotate(request.path_params["key_id"], overlap_s=body.overlap_s, by=_caller(request))
     return _json(key_bodies.rotated(new), 201)
 
@@ -81,14 +81,14 @@ def _caller(request: Request) -> str | None:
     return principal.key_id or None
 
 
-async def _json_object(request: Request) -> dict[str, Any]:
+async def json_object(request: Request, limit_bytes: int = BODY_LIMIT_BYTES) -> dict[str, Any]:
     """The request's JSON object; an empty body is an empty one."""
     length = request.headers.get("content-length")
-    body = await read_body(request.receive, None if length is None else int(length), BODY_LIMIT_BYTES)
+    body = await read_body(request.receive, None if length is None else int(length), limit_bytes)
     encoding = request.headers.get("content-encoding")
     if encoding is not None:
-        body = await inflate(body, encoding.encode("latin-1"), BODY_LIMIT_BYTES)
-    value = load_json(body, BODY_LIMIT_BYTES) if len(body) else {}
+        body = await inflate(body, encoding.encode("latin-1"), limit_bytes)
+    value = load_json(body, limit_bytes) if len(body) else {}
     if type(value) is not dict:
         raise MalformedRequestError("expected a JSON object as the body")
     return value

@@ -19,6 +19,7 @@ PUBLIC = {("GET", "/v2/health/live"), ("GET", "/v2/health/ready")}
 INFER_READ_ADMIN = {"infer", "read", "admin"}
 READ_ADMIN = {"read", "admin"}
 DEPLOY_ADMIN = {"deploy", "admin"}
+READ_DEPLOY_ADMIN = {"read", "deploy", "admin"}
 ANY = set(SCOPES)
 OPENED_BY: dict[tuple[str, str], set[str]] = {
     ("GET", "/v2"): INFER_READ_ADMIN,
@@ -40,6 +41,11 @@ OPENED_BY: dict[tuple[str, str], set[str]] = {
     ("POST", "/v2/repository/{repository}/index"): READ_ADMIN,
     ("POST", "/v2/repository/{repository}/models/{model}/load"): DEPLOY_ADMIN,
     ("POST", "/v2/repository/{repository}/models/{model}/unload"): DEPLOY_ADMIN,
+    ("GET", "/api/v1/models/{model}/aliases"): READ_DEPLOY_ADMIN,
+    ("GET", "/api/v1/models/{model}/aliases/{alias}"): READ_DEPLOY_ADMIN,
+    ("PUT", "/api/v1/models/{model}/aliases/{alias}"): DEPLOY_ADMIN,
+    ("DELETE", "/api/v1/models/{model}/aliases/{alias}"): DEPLOY_ADMIN,
+    ("POST", "/api/v1/models/{model}/aliases/{alias}/rollback"): DEPLOY_ADMIN,
     ("GET", "/metrics"): READ_ADMIN,
     ("GET", "/openapi.json"): ANY,
     ("GET", "/docs"): ANY,
@@ -54,7 +60,13 @@ OPENED_BY: dict[tuple[str, str], set[str]] = {
 
 def path_of(template: str) -> str:
     """A path whose objects do not exist, so that nothing is changed by who may change it."""
-    for name, value in (("model", "nobody"), ("version", "9"), ("repository", "other"), ("key_id", "000000000000")):
+    for name, value in (
+        ("model", "nobody"),
+        ("version", "9"),
+        ("repository", "other"),
+        ("key_id", "000000000000"),
+        ("alias", "stable"),
+    ):
         template = template.replace("{" + name + "}", value)
     return template
 
