@@ -289,6 +289,10 @@ class Catalog(Protocol):
         """Record that a gateway process is there, and give the deployments that it carries out, oldest first."""
         ...
 
+    async def running_deployments(self) -> list[DeploymentRecord]:
+        """Those that run, oldest first."""
+        ...
+
     async def unkept_deployments(self, older_than: datetime) -> list[DeploymentRecord]:
         """Those that run and whose owner has not been there since: to be ended as interrupted."""
         ...

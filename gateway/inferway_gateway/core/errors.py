@@ -244,9 +244,17 @@ class AliasNotFoundError(NotFoundError):
 
 
 class UploadConflictError(ConflictError):
-    """An upload was to continue at another byte than the next one, or another is under way."""
+    """An upload was to continue at another byte than the next one, or another is under way.
+
+    Attributes:
+        received: bytes of the content that are here, after which the upload may go on.
+    """
 
     code = "upload_conflict"
+
+    def __init__(self, message: str, received: int = 0) -> None:
+        super().__init__(message)
+        self.received = received
 
 
 class UpstreamError(GatewayError):

@@ -119,12 +119,15 @@ class SqlCatalog(SqlStore):
             query = query.where(DEPLOYMENTS.c.model == model)
         return await self._call(lambda connection: [_deployment(row) for row in connection.execute(query)])
 
+    async def running_deployments(self) -> list[DeploymentRecord]:
+        return await self._running_where()
+
     async def unkept_deployments(self, older_than: datetime) -> list[DeploymentRecord]:
-        query = (
-            sa.select(DEPLOYMENTS)
-            .where(DEPLOYMENTS.c.state == "running", DEPLOYMENTS.c.owner_seen_at < older_than)
-            .order_by(DEPLOYMENTS.c.sequence)
-        )
+        return await self._running_where(DEPLOYMENTS.c.owner_seen_at < older_than)
+
+    async def _running_where(self, *conditions: sa.ColumnElement[bool]) -> list[DeploymentRecord]:
+        runs = DEPLOYMENTS.c.state == "running"
+        query = sa.select(DEPLOYMENTS).where(runs, *conditions).order_by(DEPLOYMENTS.c.sequence)
         return await self._call(lambda connection: [_deployment(row) for row in connection.execute(query)])
 
     async def events(self, model: str | None = None, *, before: int | None = None, limit: int = 100) -> list[Event]:
