@@ -124,7 +124,8 @@ class UpstreamOptions(_Strict):
                 parts = urlsplit(endpoint.url)
                 if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
                     raise ValueError(
-                        f"the secret would go to {parts.hostname} in the open: expected https, or insecure_secret = true"
+                        f"the secret would go to {parts.hostname} in the open: expected https, "
+                        "or insecure_secret = true"
                     )
         return self
 
