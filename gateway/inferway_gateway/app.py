@@ -15,9 +15,10 @@ from .backends.onnx import OnnxBackend
 from .core.errors import GatewayError, StoreUnavailableError
 from .core.guard import TrafficWatch, watch_traffic
 from .core.keys import Authenticator, KeyService
-from .core.registry import Registry, ServedVersion
+from .core.registry import Registry
 from .core.routing import Router
 from .core.runners import RunnerPool
+from .core.served import ServedVersion
 from .core.shadow import Shadows
 from .core.stats import ModelStats
 from .http import routes_aliases, routes_docs, routes_keys, routes_oip
@@ -160,8 +161,8 @@ def create_app(settings: Settings) -> GatewayApplication:
             )
             stack.push_async_callback(registry.close)
 
-            async def find(name: str, version: int, _: float) -> ServedVersion:
-                return registry.get(name, version)
+            async def find(name: str, version: int, deadline: float) -> ServedVersion:
+                return await registry.acquire(name, version, deadline=deadline)
 
             router = Router()
             shadows = await stack.enter_async_context(Shadows(find))

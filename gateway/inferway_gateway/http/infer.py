@@ -7,6 +7,7 @@ object is built that is not needed, and a run that is short enough happens right
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from time import perf_counter
 from typing import Final
@@ -27,8 +28,9 @@ from ..core.errors import (
 )
 from ..core.execution import Executor
 from ..core.keys import Principal
-from ..core.registry import ServedVersion
+from ..core.registry import Registry
 from ..core.routing import FALLBACK_CODES, Plan, Route, bare_name
+from ..core.served import ServedVersion
 from .bodies import Body, accepted_encoding, deflate, inflate, read_body
 from .codec import DecodedRequest, SignatureCodec
 from .routing import header_fields
@@ -45,6 +47,8 @@ _SHORT_MS: Final = tuple(b"%.3f" % (us / 1e3) for us in range(4096))
 _JSON: Final = (b"content-type", b"application/json")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
 _MODEL_VERSION: Final = b"inferway-model-version"
+_HURRIED_LOAD_S: Final = 2.0
+"""How long a request waits for a version to be loaded, where its alias has fallbacks; the load goes on without it."""
 _ROUTE: Final = "inferway.route"
 """Where the scope keeps which of an alias' targets a request got, from the short way to the long one."""
 
@@ -182,19 +186,39 @@ async def _infer_by_alias(scope: Scope, receive: Receive, send: Send, route: Rou
 
 
 async def _target(scope: Scope, route: Route, version: int, started: float) -> ServedVersion:
-    """A version that an alias names; that it is gone is not the caller's error."""
+    """A version that an alias names, loaded.
+
+    That it is gone is not the caller's error. And where others can stand in, its load is not waited for long.
+    """
+    hurry = _HURRIED_LOAD_S if route.fallback else math.inf
     try:
-        return await _loaded(scope, route.model, version, started)
+        return await _loaded(scope, route.model, version, started, hurry)
     except NotFoundError:
         raise ModelNotReadyError(
             f"Request for unready model: '{route.model}@{route.alias}' names version {version}, which is not here"
         ) from None
 
 
-async def _loaded(scope: Scope, name: str, version: int | None, started: float) -> ServedVersion:
-    """A model version, loaded."""
-    served: ServedVersion = scope["state"]["registry"].get(name, version)
-    return served
+async def _loaded(
+    scope: Scope, name: str, version: int | None, started: float, hurry: float = math.inf
+) -> ServedVersion:
+    """A model version; one that is not in memory is loaded, within the caller's time and ``hurry`` seconds."""
+    registry: Registry = scope["state"]["registry"]
+    try:
+        return registry.get(name, version)
+    except ModelNotReadyError:
+        timeout = header_fields(scope).get(b"inferway-timeout-ms")
+        left = math.inf if timeout is None else _timeout_s(timeout) - (perf_counter() - started)
+        wait = min(left, hurry)
+        deadline = None if wait == math.inf else asyncio.get_running_loop().time() + wait
+        try:
+            return await registry.acquire(name, version, deadline=deadline)
+        except DeadlineExceededError:
+            if left <= hurry:
+                raise
+            raise ModelNotReadyError(
+                f"Request for unready model: '{name}' version {version} was not loaded within {hurry:g} s"
+            ) from None
 
 
 async def _arrived(scope: Scope, receive: Receive) -> tuple[Body, float]:

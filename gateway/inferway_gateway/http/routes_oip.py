@@ -12,7 +12,9 @@ from starlette.responses import Response
 from .. import __version__
 from ..core.errors import MalformedRequestError, ModelNotReadyError, UnsupportedOperationError, VersionNotFoundError
 from ..core.keys import Principal
-from ..core.registry import Registry, ServedVersion
+from ..core.registry import Registry
+from ..core.routing import Router
+from ..core.served import ServedVersion
 from ..core.stats import Duration, ModelStats
 from ..core.tensors import TensorSpec
 from ..store.repository import describe_config
@@ -66,7 +68,7 @@ async def model_names(request: Request) -> Response:
 
 
 async def model_metadata(request: Request) -> Response:
-    served = _served(request)
+    served = await _loaded(request)
     signature, profile = served.batcher.signature, served.profile
     return json_response(
         {
@@ -96,7 +98,7 @@ async def model_ready(request: Request) -> Response:
 
 
 async def model_config(request: Request) -> Response:
-    served = _served(request)
+    served = await _loaded(request)
     profile = served.profile
     document = describe_config(served.config, served.batcher.signature, served.name)
     document["inferway"] = {
@@ -186,7 +188,18 @@ def _principal(request: Request) -> Principal:
 
 
 def _served(request: Request) -> ServedVersion:
-    return _registry(request).get(request.path_params["model"], parse_version(request.path_params.get("version")))
+    """The version that the path names, by alias or number."""
+    return _registry(request).get(*_named(request))
+
+
+async def _loaded(request: Request) -> ServedVersion:
+    """The same, which is loaded if need be: who asks what a model takes is about to call it."""
+    return await _registry(request).acquire(*_named(request))
+
+
+def _named(request: Request) -> tuple[str, int | None]:
+    router: Router = request.scope["state"]["router"]
+    return router.locate(request.path_params["model"], parse_version(request.path_params.get("version")))
 
 
 def parse_version(text: str | None) -> int | None:
