@@ -27,11 +27,14 @@ from .http.logs import access_log
 from .http.metrics import Metrics
 from .http.routing import ApiRoute, refuse_foreign_pages
 from .settings import Settings
+from .store.blobs import BlobStore, StorageLimits
 from .store.catalog import SqlCatalog, open_catalog
 from .store.database import open_keys
 from .store.repository import ModelRepository
 from .store.sql import cause_in_words
 from .store.state import StateError
+from .store.storage import open_storage
+from .store.versions import VersionDirectories
 
 logger = logging.getLogger("inferway")
 
@@ -56,6 +59,8 @@ class State(TypedDict):
     authenticator: Authenticator | None
     keys: KeyService
     catalog: SqlCatalog
+    blobs: BlobStore
+    versions: VersionDirectories
     metrics: Metrics
     access_log: Callable[..., None] | None
 
@@ -184,6 +189,17 @@ def create_app(settings: Settings) -> GatewayApplication:
                 )
             )
             catalog = await stack.enter_async_context(open_catalog(database_url=settings.database()))
+            limits = StorageLimits(
+                upload_bytes=settings.upload_limit_bytes,
+                total_bytes=settings.storage_limit_bytes,
+                per_key_bytes=settings.storage_limit_per_key_bytes,
+                grace_s=settings.blob_grace_s,
+            )
+            storage = await stack.enter_async_context(
+                open_storage(state_dir=settings.state_dir, catalog=catalog, limits=limits)
+            )
+            tidying = asyncio.create_task(storage.keep_tidy(), name="inferway-storage")
+            stack.push_async_callback(_end, tidying)
             await _check_exposure(settings, keys.service)
             metrics = Metrics(lambda: ((s.name, s.version, s.stats, True) for s in registry.served()), app.edge_stats)
             app.begin_drain = registry.begin_drain
@@ -201,6 +217,8 @@ def create_app(settings: Settings) -> GatewayApplication:
                 authenticator=keys.authenticator if settings.auth else None,
                 keys=keys.service,
                 catalog=catalog,
+                blobs=storage.blobs,
+                versions=storage.versions,
                 metrics=metrics,
                 access_log=access_log() if settings.access_log else None,
             )

@@ -102,6 +102,16 @@ class Settings(BaseSettings):
     drain_timeout_s: PositiveFloat = 30.0
     """Seconds that requests in flight have to end after that."""
 
+    upload_limit_bytes: PositiveInt = 16 * 1024**3
+    """The largest file of a deployed model. Files are uploaded in streams, so ``body_limit_bytes`` does not hold for
+    them."""
+    storage_limit_bytes: PositiveInt | None = None
+    """The most bytes that the files of deployed models may take together; by default what the disk has room for."""
+    storage_limit_per_key_bytes: PositiveInt | None = None
+    """The same for the files that one key has uploaded."""
+    blob_grace_s: PositiveFloat = 3600.0
+    """Seconds for which a file that no model version has is kept, for a deployment that is about to begin."""
+
     log_format: Literal["auto", "json", "text"] = "auto"
     """auto: text on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
