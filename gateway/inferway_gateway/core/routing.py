@@ -32,7 +32,7 @@ from hashlib import blake2b
 from typing import Final
 
 from .catalog import DEFAULT_ALIAS, AliasRecord, AliasSpec, Guard, Shadow
-from .errors import AliasNotFoundError, InvalidParameterError, MalformedRequestError, VersionNotFoundError
+from .errors import AliasNotFoundError, InvalidParameterError, VersionNotFoundError
 
 ALIAS_PATTERN: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
 MAX_TARGETS: Final = 16
@@ -411,7 +411,7 @@ class Router:
             None: no alias has a say, and the registry knows which version a model of that name answers with.
         Raises:
             AliasNotFoundError: the target names an alias that does not exist.
-            MalformedRequestError: both an alias and a version are named.
+            VersionNotFoundError: both an alias and a version are named, and an alias has no versions.
         """
         plan = self._plan(target, version)
         return None if plan is None else plan.choose(key_id, fields)
@@ -431,7 +431,7 @@ class Router:
         if alias is None:
             return None
         if version is not None:
-            raise MalformedRequestError(
+            raise VersionNotFoundError(
                 f"expected an alias or a version, got both '@{alias}' and version {version}; leave one out"
             )
         raise AliasNotFoundError(f"'{model}' has no alias '{alias}'")
