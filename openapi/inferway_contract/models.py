@@ -610,7 +610,7 @@ class ShadowPut(Strict):
 class GuardPut(Strict):
     """When the lesser targets of an alias go back to no traffic."""
 
-    window_s: Annotated[float, Field(ge=1, le=86_400), _NUMBER] = 60.0
+    window_s: Annotated[float, Field(ge=2, le=86_400), _NUMBER] = 60.0
     min_requests: Annotated[int, Field(ge=1, le=1_000_000), _WHOLE] = 50
     max_error_rate: Share = 0.02
     max_p95_ratio: Annotated[float, Field(ge=1, le=1000), _NUMBER] = 2.0
@@ -636,7 +636,7 @@ class Shadow(Answer):
 
 
 class Guard(Answer):
-    window_s: Annotated[float, Field(ge=1, le=86_400), _NUMBER]
+    window_s: Annotated[float, Field(ge=2, le=86_400), _NUMBER]
     min_requests: Annotated[int, Field(ge=1, le=1_000_000)]
     max_error_rate: Share
     max_p95_ratio: Annotated[float, Field(ge=1, le=1000), _NUMBER]
