@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from .batcher import Answer, InferenceRequest
 from .tensors import Signature
@@ -42,4 +42,13 @@ class Executor(Protocol):
 
     async def close(self) -> bool:
         """Drain at once and end. True: nothing runs any more and what stands behind it may be closed."""
+        ...
+
+
+@runtime_checkable
+class Dependent(Protocol):
+    """An executor that may be unable to answer although it is loaded, for it leans on other models or servers."""
+
+    def problem(self) -> str | None:
+        """Why requests cannot be answered now, in words; None where they can."""
         ...

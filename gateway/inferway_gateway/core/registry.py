@@ -26,6 +26,7 @@ from .errors import (
     ModelNotReadyError,
     VersionNotFoundError,
 )
+from .execution import Executor
 from .managed import ManagedVersions
 from .model_config import ModelConfig
 from .runners import RunnerPool
@@ -40,6 +41,9 @@ LOADER_THREAD: Final = "inferway-load"
 """What the names of threads that load models begin with."""
 _LOAD_GRACE_S: Final = 1.0
 """How long the end waits for a look at the repository, or a quick load, that is under way."""
+
+_LEAN_RETRY_S: Final = (1.0, 30.0)
+"""A version that leans on others and could not be loaded is tried again after that long, at first and at most."""
 
 ModelControl = Literal["none", "explicit", "poll"]
 
@@ -70,6 +74,14 @@ class Repository(Protocol):
     def with_config(self, model: Any, config: dict[str, Any], /) -> RepositoryModel: ...
 
 
+class Builder(Protocol):
+    """Makes the executor of a version of the folder that is no model: a pipeline, or one on servers elsewhere."""
+
+    async def __call__(self, name: str, version: int, path: Path, stats: ModelStats, /) -> Executor:
+        """Raises ``GatewayError`` with a message for the operator."""
+        ...
+
+
 class Registry:
     """Model name to versions to sessions.
 
@@ -81,6 +93,8 @@ class Registry:
         run_timeout_s: the longest run of a model whose configuration says nothing.
         drain_timeout_s: how long an unloaded version may still answer what it had taken.
         managed: the catalog's versions, which stand beside the folder's. A name that both have is the folder's.
+        builders: name of the file that stands for a model, to what makes its executor. What it leans on may come later
+            than it does, so a version that could not be made is tried again.
     """
 
     def __init__(
@@ -96,6 +110,7 @@ class Registry:
         drain_timeout_s: float = 30.0,
         strict_readiness: bool = True,
         managed: ManagedVersions | None = None,
+        builders: Mapping[str, Builder] | None = None,
     ) -> None:
         self._repository = repository
         self._backend = backend
@@ -107,6 +122,9 @@ class Registry:
         self._drain_timeout_s = drain_timeout_s
         self._strict_readiness = strict_readiness
         self._managed = managed
+        self._builders = builders or {}
+        self._waiting: set[str] = set()
+        """Models that lean on others and could not be loaded."""
         self._models: ModelTable = {} if managed is None else managed.table
         self._loader = ThreadPoolExecutor(1, thread_name_prefix=LOADER_THREAD)
         self._work: set[Future[Any]] = set()
@@ -176,6 +194,23 @@ class Registry:
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
         return sorted(model.ready)
 
+    def known_versions(self, name: str) -> list[int]:
+        """Every version of a model, loaded or not, ascending; ``ModelNotFoundError`` where it does not exist."""
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        return sorted(model.states)
+
+    def state(self, name: str, version: int) -> tuple[State, str]:
+        """How a version is, and why.
+
+        Raises:
+            ModelNotFoundError, VersionNotFoundError: there is none such.
+        """
+        if version not in self.known_versions(name):
+            raise VersionNotFoundError(f"Request for unknown model: '{name}' version {version} is not found")
+        return self._models[name].states[version]
+
     def names(self) -> list[str]:
         return sorted(self._models)
 
@@ -194,7 +229,7 @@ class Registry:
             if not model.states:
                 reason = model.problem or ("" if model.wanted else "unloaded")
                 entries.append(IndexEntry(name, "", "UNAVAILABLE" if reason else "UNKNOWN", reason))
-            entries += [IndexEntry(name, str(v), *model.states[v]) for v in sorted(model.states)]
+            entries += [IndexEntry(name, str(v), *_state(model, v)) for v in sorted(model.states)]
         return entries
 
     @property
@@ -224,9 +259,16 @@ class Registry:
                 self._started = True
                 logger.info("%d model versions of the folder are ready", sum(len(m.ready) for m in self._own()))
             if done and self._control != "poll":
-                return
+                break
             # Also after a first failure: the folder may be mounted a moment later than we start.
             await asyncio.sleep(self._poll_interval_s)
+        pause_s = _LEAN_RETRY_S[0]
+        while self._waiting:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LEAN_RETRY_S[1])
+            with suppress(OSError):  # then the next look may be luckier
+                found = await self._scan()
+                await self._apply_leaning(sorted(self._waiting & found.keys()), found)
 
     async def load(self, name: str, config: dict[str, Any] | None = None) -> None:
         """Load a model by an operator's word, or reload what changed of it; the old serves until the new is ready.
@@ -363,14 +405,30 @@ class Registry:
             for name in only or ():
                 if name not in found:
                     logger.error("asked to load '%s' at start: no such model in the repository", name)
+        leaning: list[str] = []
         for name in sorted(found):
             model = self._entry(name)
-            if model.wanted and (first or model.fingerprint != found[name].fingerprint):
-                await self._apply(model, found[name])
+            if model.wanted and (first or name in self._waiting or model.fingerprint != found[name].fingerprint):
+                if any(path.name in self._builders for path in found[name].versions.values()):
+                    leaning.append(name)
+                else:
+                    await self._apply(model, found[name])
+        await self._apply_leaning(leaning, found)
         for model in [model for model in self._own() if model.name not in found]:
             self._drop(model)  # first: while it answers what it has taken, nobody is told that it is there
             async with model.lock:
                 await self._retire_all(model, "removed from the repository")
+
+    async def _apply_leaning(self, names: list[str], found: Mapping[str, RepositoryModel]) -> None:
+        """Load what leans on other models, after those; what leans on such a one comes a round later."""
+        while names:
+            failed = [
+                name for name in names if self._entry(name).wanted and await self._apply(self._entry(name), found[name])
+            ]
+            if len(failed) == len(names):
+                break
+            names = failed
+        self._waiting = set(names)
 
     async def _apply(self, model: ModelEntry, found: RepositoryModel) -> list[str]:
         """Load every version that is to be served, then retire those that are not. Returns what went wrong."""
@@ -406,20 +464,29 @@ class Registry:
 
     async def _load_version(self, model: ModelEntry, found: RepositoryModel, version: int) -> str | None:
         """Load one version and swap it in. Returns why that failed; what served before then serves on."""
+        session: Session | None = None
+        executor: Executor
         try:
-            session: Session = await self._in_loader(self._backend.open, found.artifact(version))
+            artifact = found.artifact(version)
             stats = model.ready[version].stats if version in model.ready else ModelStats()
-            batcher = Batcher(
-                session,
-                found.config,
-                stats,
-                self._runners,
-                run_timeout_s=self._run_timeout_s,
-                name=f"'{model.name}' version {version}",
-            )
+            builder = self._builders.get(artifact.path.name)
+            if builder is not None:
+                executor = await builder(model.name, version, artifact.path, stats)
+            else:
+                session = await self._in_loader(self._backend.open, artifact)
+                executor = Batcher(
+                    session,
+                    found.config,
+                    stats,
+                    self._runners,
+                    run_timeout_s=self._run_timeout_s,
+                    name=f"'{model.name}' version {version}",
+                )
         except Exception as error:
             if isinstance(error, GatewayError):
                 reason = error.message
+                if not isinstance(error, ModelLoadError):
+                    reason = _load_message(model.name, version, reason)
             else:
                 logger.exception("loading '%s' version %d failed unexpectedly", model.name, version)
                 reason = _load_message(model.name, version, "internal error, see the gateway's log")
@@ -427,19 +494,20 @@ class Registry:
             model.states[version] = _failed(reason, serves=version in model.ready)
             return reason
         old = model.ready.get(version)
-        served = ServedVersion(model.name, version, found.config, session, batcher, stats)
+        served = ServedVersion(model.name, version, found.config, session, executor, stats)
         model.ready[version] = served
         model.states[version] = ("READY", "")
         model.loaded[version] = found.version_fingerprints[version]
         model.choose_latest()
-        profile = session.profile
+        profile = served.profile
+        how = "inline" if profile.inline_max_elements else "on runner threads"
         logger.info(
             "'%s' version %d is ready in %.2f s (%s, %s)",
             model.name,
             version,
             profile.load_s,
             profile.row_exactness,
-            "inline" if profile.inline_max_elements else "on runner threads",
+            how if session is not None else f"by {artifact.path.name}",
         )
         if old is not None:
             await self._dispose(old)
@@ -472,6 +540,13 @@ class Registry:
         if served.session is not None:
             await self._in_loader(served.session.close)
         logger.info("'%s' version %d is unloaded", served.name, served.version)
+
+
+def _state(model: ModelEntry, version: int) -> tuple[State, str]:
+    """A version's state. One that is loaded is none the readier for it where what it leans on is not."""
+    served = model.ready.get(version)
+    problem = served.problem() if served is not None else None
+    return model.states[version] if problem is None else ("UNAVAILABLE", problem)
 
 
 def _why(model: ModelEntry) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from .backend import Profile, Session
 from .batcher import Batcher
-from .execution import Executor
+from .execution import Dependent, Executor
 from .model_config import ModelConfig
 from .stats import ModelStats
 
@@ -37,6 +37,10 @@ class ServedVersion:
     def profile(self) -> Profile:
         """What was measured of the session; the profile of nothing where there is none."""
         return self.session.profile if self.session is not None else Profile()
+
+    def problem(self) -> str | None:
+        """Why it cannot answer although it is loaded, in words; None where it can."""
+        return self.batcher.problem() if isinstance(self.batcher, Dependent) else None
 
     @property
     def busy(self) -> bool:

@@ -33,7 +33,7 @@ from ..core.routing import FALLBACK_CODES, Plan, Route, bare_name
 from ..core.served import ServedVersion
 from .bodies import Body, accepted_encoding, deflate, inflate, read_body
 from .codec import DecodedRequest, SignatureCodec
-from .routing import header_fields
+from .routing import Fields, header_fields
 
 DISCONNECT_EXTENSION: Final = "inferway.disconnect"
 """Name of the ASGI extension by which our own server tells that a caller went away: a callable that takes a callback
@@ -260,7 +260,7 @@ async def _infer(
     head = headers.get(b"inference-header-content-length")
     header_length = None if head is None else _header_length(head)
     codec: SignatureCodec | None = served.wire
-    if codec is None:
+    if codec is None or codec.signature is not served.batcher.signature:  # a remote model may become another one
         codec = served.wire = SignatureCodec(served.name, str(served.version), served.batcher.signature)
     request: DecodedRequest
     if codec.decodes_long(len(body), header_length):
@@ -280,6 +280,7 @@ async def _infer(
     try:
         answer = batcher.run_inline(request)
         if answer is None:
+            request.origin = _origin(scope, headers)
             answer = await _queued(scope, receive, batcher, request)
     except ShuttingDownError:
         # A reload retired this version while the body arrived or was read, and its successor is in place already. A
@@ -310,6 +311,8 @@ async def _infer(
         # What the failed version said of itself goes with its error, which nobody gets to see.
         scope["response_headers"] = tuple(h for h in scope["response_headers"] if h[0] != _MODEL_VERSION)
     _account(scope, served, answer, out, size, since, max(received, since), parsed, ran)
+    if answer.upstream_attempts:
+        out.append((b"inferway-upstream-attempts", b"%d" % answer.upstream_attempts))
     if scope["response_headers"]:
         out += scope["response_headers"]
     await send({"type": "http.response.start", "status": 200, "headers": out})
@@ -324,6 +327,13 @@ async def _infer(
     if route is not None and route.plan.shadow is not None:
         scope["state"]["shadows"].offer(route.plan, served.version, request, answer.outputs)
     return size
+
+
+def _origin(scope: Scope, headers: Fields) -> tuple[tuple[str, str], ...]:
+    """What a server elsewhere may know of the request: which it is, and how often it came; nothing of who sends it."""
+    attempt = headers.get(b"inferway-attempt", b"")
+    known = (("X-Request-Id", scope["request_id"].decode()),)
+    return (*known, ("Inferway-Attempt", attempt.decode())) if attempt.isdigit() and len(attempt) <= 4 else known
 
 
 def _name_version(scope: Scope, served: ServedVersion) -> None:

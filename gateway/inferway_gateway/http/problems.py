@@ -59,6 +59,8 @@ def render(error: GatewayError, path: str, request_id: str, *, basic: bool = Fal
         (b"x-request-id", request_id.encode()),
         (b"x-should-retry", b"true" if error.retryable else b"false"),
     ]
+    if error.upstream_attempts:
+        headers.append((b"inferway-upstream-attempts", b"%d" % error.upstream_attempts))
     if status == 503:
         wait = DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(wait))))

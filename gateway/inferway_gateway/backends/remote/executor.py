@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -59,11 +58,10 @@ class RemoteExecutor:
         self._in_flight = InFlight()
         self._refreshing: asyncio.Task[None] | None = None
         self._refreshed_at = -math.inf
-        self.on_change: Callable[[], None] = lambda: None
-        """Called after ``signature`` became another one, because the upstream's model did."""
 
     @property
     def signature(self) -> Signature:
+        """The upstream's; another object after its model has become another one."""
         return self._signature
 
     def problem(self) -> str | None:
@@ -272,7 +270,6 @@ class RemoteExecutor:
             return
         if self._signature != before:
             logger.warning("%s: the upstream's model has other inputs or outputs now", self._name)
-            self.on_change()
 
 
 def load_error(name: str, version: int, error: GatewayError) -> ModelLoadError:
