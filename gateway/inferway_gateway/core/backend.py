@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
+from .errors import GatewayError
 from .model_config import ModelConfig
 from .tensors import Arrays, Signature
 
@@ -122,6 +123,50 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Release the session and give its memory back. Idempotent; never called during a run."""
+        ...
+
+
+Done = Callable[[list[NDArray[Any]] | GatewayError], None]
+"""Takes what a run gave: outputs as ``Session.run`` returns them, or what it would have raised."""
+
+
+@runtime_checkable
+class IsolatedSession(Session, Protocol):
+    """A session whose runs happen in other processes: they can be begun without a thread, and they can die.
+
+    A run whose process died raises ``WorkerCrashedError``. Whose fault that was is known only of a run that had the
+    session to itself. All of this may be called from any thread, but ``begin``.
+    """
+
+    @property
+    def lanes(self) -> int:
+        """Runs that may go on at once while everything is well."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Runs that may go on at once now; 0 while its processes start again."""
+        ...
+
+    @property
+    def begin_max_bytes(self) -> int:
+        """Inputs, or outputs, of more bytes than that take too long to copy for an event loop."""
+        ...
+
+    def refusal(self) -> GatewayError | None:
+        """What to answer instead of running, where the session is to be left alone for a while."""
+        ...
+
+    def begin(self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle, done: Done) -> bool:
+        """Begin a run on the event loop; ``done`` is called there when it is over. False: it cannot begin now."""
+        ...
+
+    def convict(self) -> None:
+        """A request has killed its process although it was alone there and had been tried before."""
+        ...
+
+    def watch(self, changed: Callable[[], None] | None) -> None:
+        """Have ``changed`` called, on any thread, after ``capacity`` or ``refusal`` may have changed."""
         ...
 
 

@@ -155,3 +155,26 @@ class ModelStats:
         else:
             self.fail.add(total_s)
             self.failures[code] = self.failures.get(code, 0) + 1
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """What became of the worker processes of one model version. Written on any thread: each is a count of rare things.
+
+    Attributes:
+        processes: alive and open.
+        restarts: attempts to start one again.
+        crashes: that ended by themselves.
+        kills: that were killed because a run did not end.
+        recycled: that were replaced because they had grown.
+        breaker: closed, open or half_open.
+        layers: of the sandbox, to whether the kernel has them.
+    """
+
+    processes: int = 0
+    restarts: int = 0
+    crashes: int = 0
+    kills: int = 0
+    recycled: int = 0
+    breaker: str = "closed"
+    layers: dict[str, bool] = field(default_factory=dict)

@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +37,7 @@ from .measure import (
     throughput,
 )
 from .sample import Sample, warmup_inputs
-from .session import OnnxSession, explain
+from .session import Choice, OnnxSession, explain
 from .signature import Layout, declared, make_layout, overridable
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ _BATCH_S: Final = 0.5
 """About how long the largest batch may take where no configuration bounds it: others wait for it, and a run can only
 be ended between two nodes."""
 _UNMEASURED_ROWS: Final = 256
+_LARGEST_ELEMENTS: Final = 1 << 24
+"""Elements of all inputs of a run that is to show the peak of memory: as many as one batch has at most in FP32."""
 _MAX_DERIVED_ROWS: Final = 1 << 20
 """The most rows that a run is given where neither a configuration nor its time bounds it. A long vector through a model
 whose rows are single numbers would else be cut into thousands of runs, each of which costs more than its rows."""
@@ -108,14 +110,61 @@ class OnnxBackend:
             ModelLoadError: the files are missing, broken or no model that can be served, the configuration contradicts
                 the graph, no execution provider is there, or a configured warm-up fails.
         """
-        prepare_process()
         started = time.perf_counter()
-        try:
-            loader = _Loader(artifact, self._providers)
+
+        def measured(loader: _Loader) -> OnnxSession:
             with Watchdog(self._run_limit_s) as watchdog:
                 session = self._prepare(loader, watchdog)
             session.profile = replace(session.profile, load_s=time.perf_counter() - started)
             return session
+
+        return self._opened(artifact, measured)
+
+    def reopen(self, artifact: Artifact, choice: Choice, *, batched: bool, max_rows: int) -> OnnxSession:
+        """Open a version of which an earlier ``open`` found out everything; neither tries nor measures nor warms up.
+
+        Args:
+            choice: the earlier session's.
+            batched, max_rows: of the earlier session's signature.
+        Raises:
+            ModelLoadError: as ``open`` does.
+        """
+
+        def decided(loader: _Loader) -> OnnxSession:
+            session = loader.open(choice)
+            session.settle(replace(session.signature, batched=batched, max_rows=max_rows))
+            session.profile = Profile(
+                execution_providers=loader.active_providers, intra_op_threads=choice.intra_op_threads
+            )
+            return session
+
+        return self._opened(artifact, decided)
+
+    def run_largest(self, session: OnnxSession, declared_rows: int | None = None) -> int:
+        """Run once with as many rows as ``session`` may be given, so that its memory is at its peak.
+
+        Args:
+            declared_rows: what the configuration allows; None: as many as runs were measured with, at most.
+        Returns:
+            The rows; 0 where no input is known on which the model runs.
+        """
+        sample = session.sample
+        if sample is None:
+            return 0
+        per_row = max(sample.count_elements(), 1)
+        most = min(session.signature.max_rows, declared_rows or MAX_COST_ROWS, _LARGEST_ELEMENTS // per_row)
+        rows = max(most, 1)
+        with Watchdog(self._run_limit_s) as watchdog:
+            try:
+                Runner(session, watchdog).run(sample.batch([row % 3 for row in range(rows)]))
+            except GatewayError:
+                return 0
+        return rows
+
+    def _opened(self, artifact: Artifact, opened: Callable[[_Loader], OnnxSession]) -> OnnxSession:
+        prepare_process()
+        try:
+            return opened(_Loader(artifact, self._providers))
         except ModelLoadError as error:
             reason = error.message
         except MemoryError:
@@ -164,6 +213,7 @@ class OnnxBackend:
         if batchable and config.max_batch_size is None:
             session.settle(replace(session.signature, max_rows=_rows_within(cost, _BATCH_S)))
         _warm_up(runner, loader.artifact)
+        session.sample = sample
         session.profile = Profile(
             row_exactness=exactness,
             batchable=batchable,
@@ -192,8 +242,8 @@ class OnnxBackend:
         return cost, measure_inline(runner, sample, self._inline_threshold_s, self._measure_budget_s), ""
 
     def _try_options(
-        self, loader: _Loader, session: OnnxSession, choice: _Choice, sample: Sample, watchdog: Watchdog
-    ) -> tuple[OnnxSession, _Choice, tuple[TrialRow, ...]]:
+        self, loader: _Loader, session: OnnxSession, choice: Choice, sample: Sample, watchdog: Watchdog
+    ) -> tuple[OnnxSession, Choice, tuple[TrialRow, ...]]:
         """Time other session options against the best so far, on the same input and in turn, and keep the fastest."""
         until = time.monotonic() + self._trial_budget_s
         best = Runner(session, watchdog)
@@ -237,8 +287,8 @@ class OnnxBackend:
         challenger: Runner,
         inputs: Arrays,
         noise: float,
-        choice: _Choice,
-        other: _Choice,
+        choice: Choice,
+        other: Choice,
         until: float,
     ) -> tuple[float, float, str]:
         """Seconds of both, taken in turn, and why the challenger is out of the question."""
@@ -261,20 +311,6 @@ class OnnxBackend:
             if hopeless or time.monotonic() + 2 * (ours + theirs) > until:
                 break
         return ours, theirs, note
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """How a session is set up."""
-
-    intra_op_threads: int = 1
-    disabled_optimizers: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        parts = [f"disabled_optimizers={','.join(self.disabled_optimizers)}"] if self.disabled_optimizers else []
-        if self.intra_op_threads != 1:
-            parts.append(f"intra_op_threads={self.intra_op_threads}")
-        return " ".join(parts) or "default"
 
 
 class _Loader:
@@ -309,9 +345,9 @@ class _Loader:
         self.notes.append(message)
         return found
 
-    def first_choice(self) -> _Choice:
+    def first_choice(self) -> Choice:
         options = self.artifact.config.session
-        return _Choice(options.intra_op_threads or 1, options.disabled_optimizers or ())
+        return Choice(options.intra_op_threads or 1, options.disabled_optimizers or ())
 
     def changes(self, seconds: float, cpus: int) -> list[dict[str, Any]]:
         """What is worth a try: only what the configuration leaves open and could matter to this graph."""
@@ -327,7 +363,7 @@ class _Loader:
             found.append({"intra_op_threads": cpus})
         return found
 
-    def open(self, choice: _Choice) -> OnnxSession:
+    def open(self, choice: Choice) -> OnnxSession:
         """A session with these options.
 
         Raises:
@@ -358,7 +394,7 @@ class _Loader:
             declared(session.get_outputs(), self.facts),
             self.artifact.config,
         )
-        return OnnxSession(session, name, self.layout)
+        return OnnxSession(session, name, self.layout, choice)
 
 
 def prepare_process() -> None:
@@ -385,7 +421,7 @@ def _log_runtime(severity: int, category: str, log_id: str, place: str, message:
     runtime_log.log(_SEVERITIES[min(severity, 4)], "%s [%s, %s]", message, log_id or category, place)
 
 
-def _session_options(choice: _Choice, name: str) -> Any:
+def _session_options(choice: Choice, name: str) -> Any:
     options = ort.SessionOptions()
     # Throughput comes from several runs at once, each in one thread: MiniLM does 390 sentences/s with two callers of
     # one thread each, 318 with one caller of two threads (2026-11, 2 cpus).

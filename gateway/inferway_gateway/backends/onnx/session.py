@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from ...core.backend import Profile, RunHandle
 from ...core.errors import DeadlineExceededError, ModelExecutionError
 from ...core.tensors import DTYPES, Arrays, Signature, TensorSpec
 from . import memory
+from .sample import Sample
 from .signature import Layout
 
 _BFLOAT16: Final = 16
@@ -28,15 +30,34 @@ _SHRINK_RATIO: Final = 4.0
 _USUAL_WEIGHT: Final = 1 / 16
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a session is set up; what the trial of a first opening decides."""
+
+    intra_op_threads: int = 1
+    disabled_optimizers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"disabled_optimizers={','.join(self.disabled_optimizers)}"] if self.disabled_optimizers else []
+        if self.intra_op_threads != 1:
+            parts.append(f"intra_op_threads={self.intra_op_threads}")
+        return " ".join(parts) or "default"
+
+
 class OnnxSession:
     """One ``InferenceSession``, shared by every run of a model version.
 
     Attributes:
         signature: what callers see.
         profile: what was measured; set once, before the session is handed out.
+        choice: how it was set up.
+        sample: inputs on which it runs, where some were found; set like the profile.
     """
 
-    def __init__(self, session: Any, name: str, layout: Layout) -> None:
+    sample: Sample | None = None
+
+    def __init__(self, session: Any, name: str, layout: Layout, choice: Choice = Choice()) -> None:
+        self.choice = choice
         self._ort = session
         # What ``InferenceSession.run`` adds to the compiled session is a check of the inputs' names, which
         # ``Signature.check`` has done, and of ownership, which concerns OrtValues: 1.5 µs of a run of 5.
