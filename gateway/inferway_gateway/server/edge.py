@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("inferway.edge")
 
+Streamed = Callable[["HTTPScope"], int | None]
 AtOnce = Callable[[Any, bytes | memoryview], tuple[int, list[tuple[bytes, bytes]], bytes] | None]
 
 _CROWD: Final = 4
@@ -46,6 +47,8 @@ class Edge:
             cancelled and used by ``asyncio.timeout``; anyio's cancel scopes must not be open across the first wait.
         at_once: may answer a request whose body is complete, in the callback that received it, with status, headers and
             body. None, or an exception, has the application called as usual.
+        streamed: tells for the scope of a PUT how many bytes its body may have, where the application takes it in
+            pieces; None where it is like any other.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class Edge:
         stats: EdgeStats,
         fast: Callable[[HTTPScope], bool] | None = None,
         at_once: AtOnce | None = None,
+        streamed: Streamed | None = None,
     ) -> None:
         self.app = app
         self.limits = limits
         self.stats = stats
         self.fast = fast
         self.at_once = at_once
+        self.streamed = streamed
         self.connections: set[EdgeProtocol] = set()
         self.paused: set[EdgeProtocol] = set()
         """Connections that nothing is read from at present."""

@@ -31,6 +31,8 @@ _BYTES_UP_TO: Final = 128 * 1024
 ones as a ``memoryview``: copying those would take longer than everything else."""
 _UNREAD_LIMIT_BYTES: Final = 256 * 1024
 """A connection whose application answers without reading lives on if no more than this of the body is missing."""
+STREAM_AHEAD_BYTES: Final = 256 * 1024
+"""What is read of a streamed body before the application asks for it."""
 _CHUNKED: Final = -1
 _UNTIL_CLOSE: Final = -2
 _NO_BODY: Final = -3
@@ -60,6 +62,8 @@ class Exchange:
     old = False  # HTTP/1.0
     plain = True  # neither HTTP/1.0 nor HEAD
     too_long = False  # more was declared than the limit allows
+    limit = 0  # bytes of the body, where they are other than everybody's
+    streamed = False  # the application takes the body in pieces
     waiters: list[asyncio.Future[None]] | None = None
     # The answer.
     status = 0
@@ -134,7 +138,7 @@ class Exchange:
         """Stands in for ``receive`` where the declared body is beyond the limit: whoever asks for it refuses it."""
         connection = self.connection
         if not self.finished:
-            limit = connection.edge.limits.body_bytes
+            limit = self.limit or connection.edge.limits.body_bytes
             words = f"expected a body of at most {limit} bytes, got {self.length}"
             connection.refuse(413, "payload_too_large", words, exchange=self)
         return {"type": "http.disconnect"}
@@ -325,14 +329,19 @@ class Exchange:
         if not self.wanted:
             self.wanted = True
             connection.expect_body()
-            if self.expects and not connection.closing:
-                self.expects = False
-                connection.flush()
-                connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._invite()
             if connection.receiving is self and not connection.deaf:
                 connection.flow(self)
         while not (self.complete or self.finished or connection.eof or connection.gone):
             await self._wait()
+
+    def _invite(self) -> None:
+        """Say that the body is welcome, to a caller who waits for that."""
+        connection = self.connection
+        if self.expects and not connection.closing:
+            self.expects = False
+            connection.flush()
+            connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def _wait(self) -> None:
         waiter = self.connection.loop.create_future()
@@ -380,6 +389,65 @@ class Exchange:
 
     def get_name(self) -> str:
         return "inferway-request"
+
+
+class StreamedExchange(Exchange):
+    """A request whose body the application takes in pieces as they come, and no faster than it takes them.
+
+    Up to some 256 KiB are read ahead; then nothing more is read, and the peer has to wait. The time for which it does
+    is not counted in its deadline.
+    """
+
+    streamed = True
+    asked = False  # at least once
+    answered_at = 0.0  # when the application was given a piece last, on the edge's clock
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more is to be read for now."""
+        return not self.wanted and (not self.asked or len(self.parts or self.body) >= STREAM_AHEAD_BYTES)
+
+    async def receive(self) -> ASGIReceiveEvent:
+        connection = self.connection
+        if not self.delivered:
+            if not (self.complete or self.parts or self.body):
+                await self._wait_for_piece()
+            piece = self._take()
+            if self.complete or len(piece):
+                self.delivered = self.complete
+                if not self.complete and connection.receiving is self and not connection.deaf:
+                    connection.flow(self)
+                return {"type": "http.request", "body": cast(bytes, piece), "more_body": not self.complete}
+        while not (self.finished or connection.eof or connection.gone):
+            await self._wait()
+        return {"type": "http.disconnect"}
+
+    async def _wait_for_piece(self) -> None:
+        connection = self.connection
+        self.wanted = True
+        if not self.asked:
+            self.asked = True
+            connection.expect_body()
+            self._invite()
+        else:
+            connection.expect_more(connection.edge.now - self.answered_at)
+        if connection.receiving is self and not connection.deaf:
+            connection.flow(self)
+        while not (self.parts or self.body or self.complete or self.finished or connection.eof or connection.gone):
+            await self._wait()
+        self.wanted = False
+        self.answered_at = connection.edge.now
+        if connection.receiving is self and not connection.closing:
+            connection.deadline = float("inf")  # it is the peer who waits for us
+
+    def _take(self) -> bytes | bytearray | memoryview:
+        """What is here; also after the peer has gone, for it may be of use."""
+        if self.held:
+            self.connection.edge.holds(-self.held)
+            self.held = 0
+        parts, self.parts = self.parts, None
+        body, self.body = self.body, b""
+        return body if parts is None else parts
 
 
 class Begun(Coroutine[Any, Any, None]):

@@ -11,7 +11,8 @@ uvicorn makes one protocol object a connection and calls the application with AS
 - **Whole bodies.** An application gets its body in one ``http.request`` message. A small one is complete when the
   application starts; a larger one is received straight into its final memory (no copy in user space) and handed over as
   a ``memoryview``. The application is started before a large body has arrived, so that it may refuse it, and nothing of
-  such a body is read before it asks.
+  such a body is read before it asks. Where ``Edge.streamed`` says so, it gets the body in pieces instead, and may get
+  a longer one.
 - **Leaving.** A caller that closes its side while its request is at work counts as gone, as with most servers: ASGI's
   ``http.disconnect`` and the extension ``inferway.disconnect`` tell. An answer that is written anyway is sent.
 - **Speed.** No timer, no ``asyncio.Event`` and, for ``fast`` requests, no task per request; head and body leave in one
@@ -37,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import httptools
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 
-from .exchange import Begun, Exchange, error_answer, request_id
+from .exchange import Begun, Exchange, StreamedExchange, error_answer, request_id
 from .sink import Sink
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ _ONCE: Final = frozenset(
         b"inferway-timeout-ms",
         b"idempotency-key",
         b"x-request-id",
+        b"upload-offset",
+        b"upload-length",
     }
 )
 """Headers that a request may have only once: two readers may take different ones of several."""
@@ -85,6 +88,8 @@ _SLICE_BYTES: Final = 4096
 connection: the parser cannot be stopped between two requests, and a parsed one takes some 2 KiB, a raw one 27 bytes."""
 _DRAIN_LINGER_S: Final = 1.0
 """A server that ends hears nobody out for longer than this."""
+_STREAMED_CHUNK_BYTES: Final = 1024
+"""How long the chunks of a streamed body, which takes no memory, must be on average where they are many."""
 _CHUNK_OVERHEAD_BYTES: Final = 64
 """Bytes of framing (size, extensions, line ends) that a chunk may have, on average, besides one allowance of the
 header limit for the trailers."""
@@ -239,6 +244,7 @@ class EdgeProtocol(asyncio.Protocol):
         self.deadline = float("inf")
         if self.receiving is not None:
             self.edge.holds(-self.receiving.held)
+            self.receiving.held = 0
             self.receiving = None
         self.edge.closed(self)
         if not self.eof:
@@ -365,6 +371,8 @@ class EdgeProtocol(asyncio.Protocol):
         """Decide how the rest of an incomplete body comes in: not yet, in pieces, or straight into its memory."""
         if exchange.finished:
             self._resume()
+        elif isinstance(exchange, StreamedExchange):
+            self._pause() if exchange.full else self._resume()
         elif not exchange.wanted:
             self._pause()
         elif exchange.sunk:
@@ -395,6 +403,7 @@ class EdgeProtocol(asyncio.Protocol):
         self.held = b""
         if self.receiving is not None:
             self.edge.holds(-self.receiving.held)
+            self.receiving.held = 0
             self.receiving = None
         self._left()
         if self.active is None or self.active.finished:
@@ -498,13 +507,21 @@ class EdgeProtocol(asyncio.Protocol):
             "extensions": self.extensions,
             FIELDS: fields,
         }
-        exchange = Exchange(self, scope, length, keep_alive)
+        limit = None
+        if name == "PUT" and edge.streamed is not None:
+            limit = edge.streamed(scope)
+        if limit is None:
+            exchange = Exchange(self, scope, length, keep_alive)
+            limit = edge.limits.body_bytes
+        else:
+            exchange = StreamedExchange(self, scope, length, keep_alive)
+            exchange.limit = limit
         if version == "1.0":
             exchange.old = True
             exchange.plain = False
         if name == "HEAD":
             exchange.plain = False
-        if length > edge.limits.body_bytes:
+        if length > limit:
             exchange.receive = exchange.receive_too_much  # type: ignore[method-assign]  # no other request pays for it
             exchange.too_long = True
         if length < 0:
@@ -527,25 +544,24 @@ class EdgeProtocol(asyncio.Protocol):
         exchange.received += len(body)
         if exchange.finished:
             return
-        if exchange.received == len(body):
+        if exchange.received == len(body) or (exchange.streamed and not (exchange.body or exchange.parts)):
             exchange.body = body
         else:
             self._more_body(exchange, body)
-        if exchange.length < 0 and exchange.received > self.edge.limits.body_bytes:
-            raise _Refusal(
-                413,
-                "payload_too_large",
-                f"expected a body of at most {self.edge.limits.body_bytes} bytes, got more",
-            )
+        if exchange.length < 0 and exchange.received > (limit := exchange.limit or self.edge.limits.body_bytes):
+            raise _Refusal(413, "payload_too_large", f"expected a body of at most {limit} bytes, got more")
+        if exchange.streamed:
+            exchange.wake()
 
     def on_chunk_header(self) -> None:
         exchange = self.receiving
         if exchange is not None:
             exchange.chunks += 1
-            if exchange.chunks > self.edge.limits.chunk_count:
-                raise _Refusal(
-                    400, "malformed_request", f"expected at most {self.edge.limits.chunk_count} chunks, got more"
-                )
+            allowed = self.edge.limits.chunk_count
+            if exchange.streamed:
+                allowed += exchange.received // _STREAMED_CHUNK_BYTES
+            if exchange.chunks > allowed:
+                raise _Refusal(400, "malformed_request", f"expected at most {allowed} chunks, got more")
 
     def on_message_complete(self) -> None:
         exchange = self.receiving
@@ -692,6 +708,14 @@ class EdgeProtocol(asyncio.Protocol):
         edge = self.edge
         self.body_since = edge.now
         self.deadline = edge.now + edge.limits.body_timeout_s
+
+    def expect_more(self, ours_s: float) -> None:
+        """The same again, after ``ours_s`` seconds in which it was we who kept the peer waiting."""
+        receiving = self.receiving
+        if receiving is not None:
+            limits = self.edge.limits
+            self.body_since += ours_s
+            self.deadline = self.body_since + limits.body_timeout_s + receiving.received / limits.body_min_bytes_per_s
 
     # --- refusing and closing --------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ import stat
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import uvicorn
 import uvloop
 
-from .edge import AtOnce, Edge
+from .edge import AtOnce, Edge, Streamed
 from .policy import DrainPolicy, EdgeLimits, EdgeStats
 from .protocol import EdgeProtocol
 
@@ -48,6 +48,7 @@ _SPARE_FILES: Final = 256
 _SETTLE_S: Final = 0.1
 """For handshakes under way to end: some round trips. Found by a client on loopback in one of 200 drains without it."""
 _SO_ATTACH_FILTER: Final = 26  # Linux, asm-generic/socket.h; not in Python's socket module
+_SO_DETACH_FILTER: Final = 27
 _DROP_SYN: Final = (
     # Classic BPF, (code, jump if true, jump if false, operand); a TCP socket's filter sees packets from the TCP header.
     (0x30, 0, 0, 13),  # load the byte with the flags
@@ -61,11 +62,13 @@ class EdgeServer(uvicorn.Server):
     """uvicorn's start-up and lifespan, with our connections and our end.
 
     Args:
-        app, limits, stats, fast, at_once: see ``Edge``.
+        app, limits, stats, fast, at_once, streamed: see ``Edge``.
         drain: see ``DrainPolicy``.
         on_drain: called once, when the end begins.
         sockets: bound sockets to listen on.
         own_sockets: they belong to this process alone, so it may stop the kernel's accepting before it closes them.
+        before_drain: awaited when the end has begun and before anything closes; told whether it was SIGINT that began
+            it. A second signal ends the waiting.
         ready: called with the first socket's port (0 for a Unix socket) once connections are taken.
     """
 
@@ -81,9 +84,11 @@ class EdgeServer(uvicorn.Server):
         stats: EdgeStats | None = None,
         fast: Callable[[HTTPScope], bool] | None = None,
         at_once: AtOnce | None = None,
+        streamed: Streamed | None = None,
+        before_drain: Callable[[bool], Awaitable[None]] | None = None,
         ready: Callable[[int], None] | None = None,
     ) -> None:
-        self.edge = Edge(app, limits, stats if stats is not None else EdgeStats(), fast, at_once)
+        self.edge = Edge(app, limits, stats if stats is not None else EdgeStats(), fast, at_once, streamed)
         config = uvicorn.Config(
             app,
             # uvicorn calls what it is given; that it is annotated as a class or a name is narrower than its use.
@@ -103,6 +108,7 @@ class EdgeServer(uvicorn.Server):
         self._on_drain = on_drain
         self._sockets = list(sockets)
         self._own_sockets = own_sockets
+        self._before_drain = before_drain
         self._ready = ready
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
@@ -176,6 +182,8 @@ class EdgeServer(uvicorn.Server):
         if not self._draining:
             self._draining = True
             self._on_drain()
+            if self._before_drain is not None:
+                await self._unless_forced(self._before_drain(self._interactive))
         edge.drain(policy.interactive_grace_s if self._interactive else policy.idle_grace_s)
         if not self._interactive:
             await self._unless_forced(asyncio.sleep(policy.delay_s))
@@ -230,10 +238,14 @@ async def serve(
     drain: DrainPolicy | None = None,
     on_drain: Callable[[], None] = lambda: None,
     sockets: Sequence[socket.socket] | None = None,
+    own_sockets: bool | None = None,
+    before_drain: Callable[[bool], Awaitable[None]] | None = None,
+    control: Callable[[EdgeServer], None] | None = None,
     ready: Callable[[int], None] | None = None,
     stats: EdgeStats | None = None,
     fast: Callable[[HTTPScope], bool] | None = None,
     at_once: AtOnce | None = None,
+    streamed: Streamed | None = None,
 ) -> None:
     """Serve an ASGI application until SIGTERM or SIGINT, then drain. Runs on any loop; ``run`` brings uvloop.
 
@@ -243,14 +255,19 @@ async def serve(
         limits, drain: by default ``EdgeLimits()`` and ``DrainPolicy()``.
         on_drain: called when the end begins, for readiness to turn false.
         sockets: bound sockets to listen on instead; they are closed in the end, and may be shared with other processes.
+        own_sockets: nobody else takes connections from them; by default so for those that were bound here.
+        before_drain: see ``EdgeServer``.
+        control: given the server before it starts, for somebody who wants to stop it.
         ready: called with the port once connections are taken; 0 for a Unix socket.
         stats: what the edge counts is counted here.
-        fast, at_once: which requests may begin without a task, and be answered at once, see ``Edge``.
+        fast, at_once, streamed: which requests may begin without a task, be answered at once, and have long bodies, see
+            ``Edge``.
     Raises:
         OSError: the address cannot be bound; nothing was started.
         SystemExit: the application's lifespan failed to start.
     """
     own = sockets is None
+    alone = own if own_sockets is None else own_sockets
     bound = list(sockets) if sockets is not None else [bind_unix(uds)] if uds is not None else bind(host, port)
     try:
         server = EdgeServer(
@@ -259,12 +276,16 @@ async def serve(
             drain=drain or DrainPolicy(),
             on_drain=on_drain,
             sockets=bound,
-            own_sockets=own,
+            own_sockets=alone,
             stats=stats,
             fast=fast,
             at_once=at_once,
+            streamed=streamed,
+            before_drain=before_drain,
             ready=ready,
         )
+        if control is not None:
+            control(server)
         await server.run_until_stopped()
     finally:
         for listener in bound:
@@ -293,9 +314,11 @@ def run(app: ASGI3Application, *, ready: Callable[[int], None] | None = None, **
         runner.run(serve(app, ready=started, **options))
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
+def bind(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     """Sockets bound to every address of ``host``, on one port.
 
+    Args:
+        shared: further sockets of this user may be bound to the same port, among which the kernel spreads connections.
     Raises:
         OSError: the name is unknown or an address is in use.
     """
@@ -306,6 +329,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
             listener = socket.socket(family, socket.SOCK_STREAM)
             bound.append(listener)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if port == 0 and len(bound) > 1:
@@ -364,6 +389,13 @@ def _take_no_more(listener: socket.socket) -> None:
                 _SO_ATTACH_FILTER,
                 struct.pack("HL", len(_DROP_SYN), ctypes.addressof(program)),
             )
+
+
+def take_again(listener: socket.socket) -> None:
+    """Undo what a server that ended did to a listening socket which it shared with this process."""
+    if sys.platform == "linux" and listener.family != socket.AF_UNIX:
+        with contextlib.suppress(OSError):  # ENOENT: nothing was done to it
+            listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def _allow_files(wanted: int) -> None:
