@@ -186,11 +186,11 @@ def compare(
             for at in range(0, flat_left.size, _PIECE_ELEMENTS):
                 a = _numbers(datatype, flat_left[at : at + _PIECE_ELEMENTS])
                 b = _numbers(datatype, flat_right[at : at + _PIECE_ELEMENTS])
-                alike = bool(np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True).all()) and alike
                 finite = np.isfinite(a) & np.isfinite(b)
-                if finite.any():
-                    with np.errstate(over="ignore"):
-                        largest = max(largest, float(np.abs(a - b, where=finite, out=np.zeros_like(a)).max()))
+                with np.errstate(over="ignore", invalid="ignore"):
+                    alike = bool(np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True).all()) and alike
+                    if finite.any():
+                        largest = max(largest, float(np.abs(a - b)[finite].max()))
     return alike, largest if np.isfinite(largest) else float(np.finfo(np.float64).max)
 
 
