@@ -109,6 +109,7 @@ def _serve(args: argparse.Namespace) -> int:
         from .core.registry import LOADER_THREAD
         from .http.application import is_inference
         from .http.logs import announce, configure_logging
+        from .http.routes_blobs import is_upload
         from .server.policy import DrainPolicy, EdgeLimits
         from .server.serve import run
         from .settings import Settings
@@ -152,6 +153,7 @@ def _serve(args: argparse.Namespace) -> int:
             stats=app.edge_stats,
             fast=is_inference,
             at_once=app.answer_at_once,
+            streamed=lambda scope: settings.upload_limit_bytes if is_upload(scope) else None,
             ready=ready,
         )
     except OSError as error:

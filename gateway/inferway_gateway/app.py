@@ -21,7 +21,7 @@ from .core.runners import RunnerPool
 from .core.served import ServedVersion
 from .core.shadow import Shadows
 from .core.stats import ModelStats
-from .http import routes_aliases, routes_docs, routes_keys, routes_oip
+from .http import routes_aliases, routes_blobs, routes_docs, routes_keys, routes_oip
 from .http.application import GatewayApplication, InferRoute
 from .http.logs import access_log
 from .http.metrics import Metrics
@@ -73,6 +73,7 @@ def routes() -> list[ApiRoute]:
     repository = "/v2/repository"
     named = repository + "/{repository}"
     keys = "/api/v1/keys"
+    blob = "/api/v1/blobs/{digest}"
     own = frozenset({"self"})
     aliases = "/api/v1/models/{model}/aliases"
     alias = aliases + "/{alias}"
@@ -104,6 +105,10 @@ def routes() -> list[ApiRoute]:
         ApiRoute(alias, routes_aliases.set_alias, "PUT", scopes=DEPLOY),
         ApiRoute(alias, routes_aliases.delete_alias, "DELETE", scopes=DEPLOY),
         ApiRoute(alias + "/rollback", routes_aliases.roll_back, "POST", scopes=DEPLOY),
+        ApiRoute(blob, routes_blobs.get_blob, "GET", scopes=DEPLOY),
+        ApiRoute(blob, routes_blobs.put_blob, "PUT", scopes=DEPLOY),
+        ApiRoute("/api/v1/registry/gc", routes_blobs.collect_garbage, "POST", scopes=ADMIN),
+        ApiRoute("/api/v1/registry/check", routes_blobs.check_registry, "GET", scopes=ADMIN),
         ApiRoute("/metrics", oip.metrics, "GET", scopes=READ),
         ApiRoute("/openapi.json", routes_docs.openapi_json, "GET", basic=True),
         ApiRoute("/docs", routes_docs.docs_page, "GET", basic=True),

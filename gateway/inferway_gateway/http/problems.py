@@ -10,7 +10,7 @@ import orjson
 
 from inferway_contract.codes import ERRORS, problem_type
 
-from ..core.errors import GatewayError, ModelNotReadyError
+from ..core.errors import GatewayError, ModelNotReadyError, UploadConflictError
 
 STATUSES: Final[Mapping[str, int]] = {code: kind.status for code, kind in ERRORS.items()}
 """Code to status, as the contract has it."""
@@ -47,6 +47,8 @@ def render(error: GatewayError, path: str, request_id: str, *, basic: bool = Fal
             "code": error.code,
             "request_id": request_id,
         }
+        if isinstance(error, UploadConflictError):
+            body["received"] = error.received
     else:
         content_type = b"application/json"
         body = {"error": error.message, "code": error.code, "request_id": request_id}

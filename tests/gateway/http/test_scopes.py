@@ -46,6 +46,10 @@ OPENED_BY: dict[tuple[str, str], set[str]] = {
     ("PUT", "/api/v1/models/{model}/aliases/{alias}"): DEPLOY_ADMIN,
     ("DELETE", "/api/v1/models/{model}/aliases/{alias}"): DEPLOY_ADMIN,
     ("POST", "/api/v1/models/{model}/aliases/{alias}/rollback"): DEPLOY_ADMIN,
+    ("GET", "/api/v1/blobs/{digest}"): DEPLOY_ADMIN,
+    ("PUT", "/api/v1/blobs/{digest}"): DEPLOY_ADMIN,
+    ("POST", "/api/v1/registry/gc"): {"admin"},
+    ("GET", "/api/v1/registry/check"): {"admin"},
     ("GET", "/metrics"): READ_ADMIN,
     ("GET", "/openapi.json"): ANY,
     ("GET", "/docs"): ANY,
@@ -66,6 +70,7 @@ def path_of(template: str) -> str:
         ("repository", "other"),
         ("key_id", "000000000000"),
         ("alias", "stable"),
+        ("digest", "0" * 64),
     ):
         template = template.replace("{" + name + "}", value)
     return template
