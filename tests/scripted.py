@@ -91,6 +91,10 @@ class ScriptedServer:
         self.script: list[Answer] = []
         self.otherwise: Callable[[Seen], Answer] = lambda _: Answer(404)
         self.connections = 0
+        self.cuts: list[int] = []
+        """For each of the next uploads (PUT): how many bytes of its body are taken before the connection breaks."""
+        self.cut_short: Callable[[Seen], object] = lambda _: None
+        """Told of such an upload, with what came of it."""
         self.closed = threading.Event()
         """Set when a client has closed a connection whose request hangs."""
         self.hanging = threading.Event()
@@ -142,8 +146,14 @@ class ScriptedServer:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, path, _ = head[0].split(" ")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
-        body = await reader.readexactly(int(headers.get("content-length", "0")))
-        seen = Seen(method, path, headers, body)
+        length = int(headers.get("content-length", "0"))
+        if method == "PUT" and self.cuts:
+            seen = Seen(method, path, headers, await reader.readexactly(min(length, self.cuts.pop(0))))
+            self.seen.append(seen)
+            self.cut_short(seen)
+            writer.transport.abort()
+            return False
+        seen = Seen(method, path, headers, await reader.readexactly(length))
         self.seen.append(seen)
         answer = self.script.pop(0) if self.script else self.otherwise(seen)
         if answer.before is not None:

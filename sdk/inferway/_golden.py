@@ -43,7 +43,7 @@ def golden_json(golden: Golden, signature: ModelMetadata | None) -> bytes:
     for number, pair in enumerate(golden, 1):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise ConfigurationError(
-                f"golden expects pairs (inputs, outputs), got {type(pair).__name__} as the {number}."
+                f"golden expects pairs (inputs, outputs), example {number} is {type(pair).__name__}"
             )
         try:
             inputs, outputs = _tensors(takes, pair[0]), _tensors(gives, pair[1])

@@ -248,7 +248,7 @@ class Models:
             instances: copies of the model that run at once.
             isolation: ``worker``, a process of its own, or ``inprocess``, where the operator allows that; None for the
                 gateway's choice.
-            config: the members of ``inferway.toml``; in the place of a file of that name.
+            config: the members of ``inferway.toml``; they are put over those of a file of that name.
             pinned: never unloaded to make room for others.
             golden: pairs of inputs and the outputs that they must give, each as `infer` takes inputs; the gateway runs
                 them before the version may serve.
@@ -563,7 +563,7 @@ class AsyncModels:
             instances: copies of the model that run at once.
             isolation: ``worker``, a process of its own, or ``inprocess``, where the operator allows that; None for the
                 gateway's choice.
-            config: the members of ``inferway.toml``; in the place of a file of that name.
+            config: the members of ``inferway.toml``; they are put over those of a file of that name.
             pinned: never unloaded to make room for others.
             golden: pairs of inputs and the outputs that they must give, each as `infer` takes inputs; the gateway runs
                 them before the version may serve.
