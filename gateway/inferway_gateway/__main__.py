@@ -14,9 +14,13 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .front.hub import Hub
+    from .http.application import GatewayApplication
 
 
 def _parser() -> tuple[argparse.ArgumentParser, Any]:
@@ -37,6 +41,9 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
     serve.add_argument("--no-auth", dest="auth", action="store_false", default=None, help="ask for no API key")
     serve.add_argument(
         "--insecure", action="store_true", default=None, help="allow other machines to connect without API keys"
+    )
+    serve.add_argument(
+        "--workers", type=int, help="processes that listen; more than one share one copy of the models (default 1)"
     )
     serve.add_argument("--server-name", help="name in the server's metadata (default inferway)")
     serve.add_argument(
@@ -107,10 +114,10 @@ def _serve(args: argparse.Namespace) -> int:
 
         from .app import create_app
         from .core.registry import LOADER_THREAD
+        from .front.processes import FrontsError, edge_limits, longest_body, run_fronts
         from .http.application import is_inference
         from .http.logs import announce, configure_logging
-        from .http.routes_blobs import is_upload
-        from .server.policy import DrainPolicy, EdgeLimits
+        from .server.policy import DrainPolicy
         from .server.serve import run
         from .settings import Settings
 
@@ -127,39 +134,41 @@ def _serve(args: argparse.Namespace) -> int:
     # A runner thread whose run has ended waits for the interpreter while the event loop is busy: 0.5 to 0.6 ms at the
     # default of 5 ms, 0.16 to 0.37 ms like this (2 processors, November 2026), and the loop does no less.
     sys.setswitchinterval(2e-4)
-    app = create_app(settings)
+    made: list[GatewayApplication] = []
+
+    def make(hub: Hub | None = None) -> GatewayApplication:
+        made.append(create_app(settings, hub))
+        return made[0]
 
     def ready(port: int) -> None:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         announce(f"Inferway listens on http://{host}:{port}")
 
     try:
-        run(
-            cast(Any, app),  # Starlette's and uvicorn's types of the same messages differ
-            host=settings.host,
-            port=settings.port,
-            limits=EdgeLimits(
-                header_bytes=settings.header_limit_bytes,
-                header_count=settings.header_limit_count,
-                header_timeout_s=settings.header_timeout_s,
-                body_bytes=settings.body_limit_bytes,
-                body_timeout_s=settings.body_timeout_s,
-                body_min_bytes_per_s=settings.body_min_rate,
-                connections=settings.max_connections,
-                keep_alive_s=settings.keep_alive_s,
-            ),
-            drain=DrainPolicy(delay_s=settings.drain_delay_s, timeout_s=settings.drain_timeout_s),
-            on_drain=app.begin_drain,
-            stats=app.edge_stats,
-            fast=is_inference,
-            at_once=app.answer_at_once,
-            streamed=lambda scope: settings.upload_limit_bytes if is_upload(scope) else None,
-            ready=ready,
-        )
+        if settings.workers > 1:
+            run_fronts(make, settings, ready=ready)
+        else:
+            app = make()
+            run(
+                cast(Any, app),
+                host=settings.host,
+                port=settings.port,
+                limits=edge_limits(settings),
+                drain=DrainPolicy(delay_s=settings.drain_delay_s, timeout_s=settings.drain_timeout_s),
+                on_drain=app.begin_drain,
+                stats=app.edge_stats,
+                fast=is_inference,
+                at_once=app.answer_at_once,
+                streamed=longest_body(settings),
+                ready=ready,
+            )
+    except FrontsError as error:
+        return _fail(str(error), 1)
     except OSError as error:
         return _fail(f"could not listen on {settings.host} port {settings.port}: {error.strerror or error}", 1)
     except SystemExit:
-        return _fail(app.startup_problem, 1) if app.startup_problem is not None else 1
+        problem = made[0].startup_problem if made else None
+        return _fail(problem, 1) if problem is not None else 1
     for thread in threading.enumerate():
         if thread.name.startswith(LOADER_THREAD):
             thread.join(0.5)

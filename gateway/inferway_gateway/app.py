@@ -21,6 +21,7 @@ from .core.runners import RunnerPool
 from .core.served import ServedVersion
 from .core.shadow import Shadows
 from .core.stats import ModelStats
+from .front.hub import Hub
 from .http import routes_aliases, routes_blobs, routes_docs, routes_keys, routes_oip
 from .http.application import GatewayApplication, InferRoute
 from .http.logs import access_log
@@ -121,11 +122,12 @@ def routes() -> list[ApiRoute]:
     ]
 
 
-def create_app(settings: Settings) -> GatewayApplication:
+def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication:
     """The gateway as an ASGI application. Nothing is opened before its lifespan begins.
 
     Args:
         settings: validated; ``model_dir`` has to be set.
+        hub: takes the requests of front processes, where there are some.
     Raises:
         ValueError: ``model_dir`` is not set.
     """
@@ -213,6 +215,16 @@ def create_app(settings: Settings) -> GatewayApplication:
             router.update((await catalog.snapshot()).aliases)
             watching = asyncio.create_task(watch_traffic(watch, catalog, router), name="inferway-guard")
             stack.push_async_callback(_end, watching)
+            if hub is not None:
+                await stack.enter_async_context(
+                    hub.opened(
+                        registry=registry,
+                        router=router,
+                        metrics=metrics,
+                        edge_stats=app.edge_stats,
+                        authenticator=keys.authenticator,
+                    )
+                )
             yield State(
                 settings=settings,
                 registry=registry,

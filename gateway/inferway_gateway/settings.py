@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     """Address to listen on. Anything but loopback needs at least one API key, or ``insecure``."""
     port: int = Field(default=8080, ge=0, le=65535)
     """TCP port to listen on; 0 takes a free one."""
+    workers: int = Field(default=1, ge=1, le=256)
+    """Processes that listen. 1: the gateway does so itself. More share the port, check keys and read and write bodies,
+    each on a processor of its own, while one process more holds the models, which all of them batch together on."""
     server_name: str = Field(default="inferway", min_length=1, max_length=128)
     """What the server's metadata gives as its name."""
     auth: bool = True

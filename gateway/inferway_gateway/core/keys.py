@@ -459,6 +459,8 @@ class Authenticator:
         self._evicted_used: dict[str, float] = {}
         self._missed_peppers: set[int] = set()
         self._timers: list[asyncio.Task[NoReturn]] = []
+        self.on_forget: Callable[[str], None] | None = None
+        """Told of each key that is forgotten here, so that other processes of this gateway forget it too."""
 
     def authenticate_cached(self, presented: str | bytes) -> Principal | None:
         """The principal of a key that was verified lately; None when ``authenticate`` must be asked. No I/O.
@@ -524,6 +526,8 @@ class Authenticator:
         raw = key_id.encode("ascii", "replace")
         self._flights.pop(raw, None)
         self._unknown.pop(raw, None)
+        if self.on_forget is not None:
+            self.on_forget(key_id)
         entry = self._entries.pop(raw, None)
         if entry is not None:
             self._keep_used(entry)

@@ -98,7 +98,7 @@ class GatewayApplication(Starlette):
             Status, headers and body; None where the application has to be called. Then nothing has been done.
         """
         started = perf_counter()
-        target = _infer_target(scope["path"]) if scope["method"] == "POST" else None
+        target = infer_target(scope["path"]) if scope["method"] == "POST" else None
         state = scope["state"]
         if target is None or self.guard is not None or state["access_log"] is not None:
             return None
@@ -151,7 +151,7 @@ class GatewayApplication(Starlette):
         try:
             if self.guard is not None:
                 self.guard(fields)
-            target = _infer_target(scope["path"]) if scope["method"] == "POST" else None
+            target = infer_target(scope["path"]) if scope["method"] == "POST" else None
             if target is not None:
                 name, version = target
                 route = _INFER_ROUTE if version is None else _INFER_VERSION_ROUTE
@@ -251,7 +251,7 @@ def is_inference(scope: Mapping[str, Any]) -> bool:
     return scope["method"] == "POST" and path.endswith("/infer")
 
 
-def _infer_target(path: str) -> tuple[str, str | None] | None:
+def infer_target(path: str) -> tuple[str, str | None] | None:
     """Name and version, as they stand in an inference path; None where the path is another."""
     if path[:11] != "/v2/models/" or path[-6:] != "/infer":
         return None

@@ -86,6 +86,13 @@ class Metrics:
         except KeyError:
             self._first(route, status)
 
+    def http_requests(self, route: str | None, status: int, count: int) -> None:
+        """Count answers that another process gave."""
+        if count > 0:
+            self.http_request(route, status)
+            known = (route, status) if (route, status) in self._requests else (OTHER, status)
+            self._requests[known] = self._requests.get(known, 0) + count - 1
+
     def _first(self, route: str | None, status: int) -> None:
         if route not in self._routes:
             if len(self._routes) >= _ROUTES:

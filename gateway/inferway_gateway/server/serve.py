@@ -241,6 +241,7 @@ async def serve(
     own_sockets: bool | None = None,
     before_drain: Callable[[bool], Awaitable[None]] | None = None,
     control: Callable[[EdgeServer], None] | None = None,
+    alongside: contextlib.AbstractAsyncContextManager[Any] | None = None,
     ready: Callable[[int], None] | None = None,
     stats: EdgeStats | None = None,
     fast: Callable[[HTTPScope], bool] | None = None,
@@ -258,6 +259,7 @@ async def serve(
         own_sockets: nobody else takes connections from them; by default so for those that were bound here.
         before_drain: see ``EdgeServer``.
         control: given the server before it starts, for somebody who wants to stop it.
+        alongside: entered before the server starts, left after it has ended.
         ready: called with the port once connections are taken; 0 for a Unix socket.
         stats: what the edge counts is counted here.
         fast, at_once, streamed: which requests may begin without a task, be answered at once, and have long bodies, see
@@ -286,7 +288,8 @@ async def serve(
         )
         if control is not None:
             control(server)
-        await server.run_until_stopped()
+        async with alongside if alongside is not None else contextlib.nullcontext():
+            await server.run_until_stopped()
     finally:
         for listener in bound:
             listener.close()

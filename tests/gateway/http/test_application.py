@@ -77,7 +77,7 @@ async def test_the_short_way_to_inference_leads_where_the_router_leads(
 
         short = await answers()
         with monkeypatch.context() as patch:
-            patch.setattr(application, "_infer_target", lambda path: None)
+            patch.setattr(application, "infer_target", lambda path: None)
             assert await answers() == short
         assert [status for status, _ in short][:2] == [200, 200]
         assert {status for status, _ in short[2:]} >= {404}
@@ -163,7 +163,7 @@ async def test_a_defect_is_logged_with_its_request_and_answered_without_details(
         def broken(*_: Any) -> None:
             raise ZeroDivisionError("secret detail")
 
-        monkeypatch.setattr(application, "_infer_target", broken)
+        monkeypatch.setattr(application, "infer_target", broken)
         with caplog.at_level(logging.ERROR):
             response = await client.post(PATHS[0], json=INFER, headers={"X-Request-Id": "abc"})
     assert response.status_code == 500
