@@ -115,14 +115,15 @@ class Window:
 
     def look(self, now: float, target: TargetStats, stats: ModelStats | None) -> bool:
         """Take in what was added since the last look. Returns whether the version's breaker refused a request."""
-        latency: Sequence[int] = () if stats is None else tuple(stats.request.counts)
+        # Not loaded: what was seen of it stays, for its statistics go on when it is loaded again.
+        latency = tuple(stats.request.counts) if stats is not None else self._seen.latency if self._seen else ()
         at = _Seen(target.requests, target.errors, target.failures.get("model_failing", 0), latency)
         seen, self._seen = self._seen, at
         while self._slots and self._slots[0][0] <= now - self._window_s:
             self._slots.popleft()
         if seen is None:  # what was counted before this alias was as it is now is no evidence
             return False
-        before = seen.latency if len(seen.latency) == len(latency) else (0,) * len(latency)
+        before = seen.latency or latency  # seen for the first time: what it did before is no evidence either
         if any(a < b for a, b in zip(latency, before, strict=True)):
             before = (0,) * len(latency)  # another loaded version, whose statistics began anew
         added = Slot(

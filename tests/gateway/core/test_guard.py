@@ -233,6 +233,27 @@ def test_a_version_that_is_loaded_anew_begins_with_new_statistics() -> None:
     assert 0.004 < p95_s < 0.008
 
 
+def test_a_version_that_leaves_memory_and_comes_back_is_not_judged_by_its_past() -> None:
+    traffic = Traffic()
+    stats = traffic.loaded[4]
+    for _ in range(100):
+        stats.finished(0.5, None)
+    traffic.change(CANARY)
+    del traffic.loaded[4]
+    assert traffic.second() is None
+    traffic.loaded[4] = stats
+    assert traffic.second() is None
+    assert traffic.watch.p95_s("churn", "stable", 4) is None
+    traffic.requests(4, 10, ms=7)
+    del traffic.loaded[4]
+    assert traffic.second() is None
+    traffic.loaded[4] = stats
+    assert traffic.second() is None
+    p95_s = traffic.watch.p95_s("churn", "stable", 4)
+    assert p95_s is not None
+    assert 0.005 < p95_s < 0.009
+
+
 def test_without_a_guard_nobody_judges_and_latencies_are_shown() -> None:
     traffic = Traffic(AliasSpec({3: 95, 4: 5}))
 
