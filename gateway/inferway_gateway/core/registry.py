@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
@@ -77,8 +78,8 @@ class Repository(Protocol):
 class Builder(Protocol):
     """Makes the executor of a version of the folder that is no model: a pipeline, or one on servers elsewhere."""
 
-    async def __call__(self, name: str, version: int, path: Path, stats: ModelStats, /) -> Executor:
-        """Raises ``GatewayError`` with a message for the operator."""
+    async def __call__(self, name: str, version: int, folder: Path, stats: ModelStats, /) -> Executor:
+        """``folder`` holds the file. Raises ``GatewayError`` with a message for the operator."""
         ...
 
 
@@ -471,7 +472,7 @@ class Registry:
             stats = model.ready[version].stats if version in model.ready else ModelStats()
             builder = self._builders.get(artifact.path.name)
             if builder is not None:
-                executor = await builder(model.name, version, artifact.path, stats)
+                executor = await builder(model.name, version, artifact.path.parent, stats)
             else:
                 session = await self._in_loader(self._backend.open, artifact)
                 executor = Batcher(
@@ -494,7 +495,10 @@ class Registry:
             model.states[version] = _failed(reason, serves=version in model.ready)
             return reason
         old = model.ready.get(version)
-        served = ServedVersion(model.name, version, found.config, session, executor, stats)
+        config = found.config
+        if session is None:
+            config = replace(config, platform=f"inferway_{artifact.path.stem}")
+        served = ServedVersion(model.name, version, config, session, executor, stats)
         model.ready[version] = served
         model.states[version] = ("READY", "")
         model.loaded[version] = found.version_fingerprints[version]

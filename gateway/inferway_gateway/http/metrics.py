@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final
+from typing import Final, Protocol, cast
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -38,7 +38,7 @@ Models = Callable[[], Iterable[tuple[str, int, ModelStats, bool]]]
 
 OTHER: Final = "other"
 _REQUEST_BOUNDS: Final = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-_STAGE_BOUNDS: Final = (2.5e-5, 1e-4, 2.5e-4, 1e-3, 2.5e-3, 1e-2, 5e-2, 0.25, 1.0, 10.0)
+STAGE_BOUNDS: Final = (2.5e-5, 1e-4, 2.5e-4, 1e-3, 2.5e-3, 1e-2, 5e-2, 0.25, 1.0, 10.0)
 _ROWS_BOUNDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 _LAG_BOUNDS: Final = (1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
 _ROUTES: Final = 64
@@ -46,13 +46,21 @@ _ROUTES: Final = 64
 _FAILURE_CODES: Final = 12
 """Series kept for failure codes of one model, when its share of ``max_series`` is counted."""
 _SERIES_PER_MODEL: Final = (
-    len(_REQUEST_BOUNDS) + 3 + len(STAGES) * (len(_STAGE_BOUNDS) + 3) + len(_ROWS_BOUNDS) + 3 + 2 * _FAILURE_CODES + 20
+    len(_REQUEST_BOUNDS) + 3 + len(STAGES) * (len(STAGE_BOUNDS) + 3) + len(_ROWS_BOUNDS) + 3 + 2 * _FAILURE_CODES + 20
 )
 _SERIES_BESIDES: Final = 300
 """Process, edge and HTTP series."""
 _LABELS: Final = ("model", "version")
 
 OPENMETRICS: Final = "application/openmetrics-text"
+
+
+class Filtered(Protocol):
+    """A collector that leaves out the models that do not exist for whoever asks."""
+
+    sees: Callable[[str], bool]
+
+    def collect(self) -> Iterable[Metric]: ...
 
 
 class Metrics:
@@ -71,8 +79,14 @@ class Metrics:
         self._registry.register(_Service(self._requests, edge))
         self._models = _Models(models, max(1, (max_series - _SERIES_BESIDES) // _SERIES_PER_MODEL))
         self._registry.register(self._models)
+        self._filtered: list[Filtered] = [self._models]
         ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
+
+    def add(self, collector: Filtered) -> None:
+        """Render what another collector has, too."""
+        self._registry.register(cast(Collector, collector))
+        self._filtered.append(collector)
 
     def http_request(self, route: str | None, status: int) -> None:
         """Count one answer.
@@ -110,7 +124,8 @@ class Metrics:
             accept: the request's Accept header; OpenMetrics 1.0 where it names that, else Prometheus text 0.0.4.
             sees: tells of a model's name whether it exists for whoever asks. Models that do not are left out.
         """
-        self._models.sees = sees
+        for collector in self._filtered:
+            collector.sees = sees
         if any(part.partition(";")[0].strip().lower() == OPENMETRICS for part in accept.split(",")):
             rendered: bytes = openmetrics.generate_latest(self._registry)  # type: ignore[no-untyped-call]  # has no types
             return rendered, openmetrics.CONTENT_TYPE_LATEST
@@ -180,7 +195,7 @@ class _Service(Collector):
         lag = HistogramMetricFamily(
             "inferway_event_loop_lag_seconds", "How late the event loop was, looked at four times a second."
         )
-        lag.add_metric((), _buckets(edge.lag, _LAG_BOUNDS), edge.lag.sum)
+        lag.add_metric((), buckets(edge.lag, _LAG_BOUNDS), edge.lag.sum)
         yield lag
 
 
@@ -244,11 +259,11 @@ class _Models(Collector):
         )
         rows = HistogramMetricFamily("inferway_batch_rows", "Rows of a run.", labels=_LABELS)
         for labels, stats, _ in groups:
-            request.add_metric(labels, _buckets(stats.request, _REQUEST_BOUNDS), stats.request.sum)
+            request.add_metric(labels, buckets(stats.request, _REQUEST_BOUNDS), stats.request.sum)
             for name in STAGES:
                 histogram = stats.stages[name]
-                stage.add_metric((*labels, name), _buckets(histogram, _STAGE_BOUNDS), histogram.sum)
-            rows.add_metric(labels, _buckets(stats.batch_rows, _ROWS_BOUNDS), stats.batch_rows.sum)
+                stage.add_metric((*labels, name), buckets(histogram, STAGE_BOUNDS), histogram.sum)
+            rows.add_metric(labels, buckets(stats.batch_rows, _ROWS_BOUNDS), stats.batch_rows.sum)
         yield request
         yield stage
         yield rows
@@ -292,7 +307,7 @@ class _Models(Collector):
         yield triton("nv_inference_pending_request_count", "Requests that wait.", lambda s: s.queued_requests)
 
 
-def _buckets(histogram: Histogram, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
+def buckets(histogram: Histogram, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
     """Cumulative counts at ``bounds``, which are some of the histogram's own."""
     counts = histogram.counts
     buckets: list[tuple[str, float]] = []

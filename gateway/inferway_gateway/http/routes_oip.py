@@ -94,6 +94,12 @@ async def model_ready(request: Request) -> Response:
         served = _served(request)
     except ModelNotReadyError as error:
         raise NotReadyError(error.message, {"name": name, "ready": False}) from error
+    problem = served.problem()
+    if problem is not None:
+        raise NotReadyError(
+            f"Request for unready model: '{served.name}' version {served.version}, {problem}",
+            {"name": name, "ready": False},
+        )
     return json_response({"name": served.name, "ready": True})
 
 

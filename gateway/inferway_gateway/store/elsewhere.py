@@ -11,24 +11,20 @@ Like ``inferway.toml`` both are strict: a member that is not known is an error t
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
-from ..core.errors import ModelRejectedError
 from ..core.pipeline import MAX_STEPS, PipelineSpec, StepSpec, StepTarget
 from ..core.tensors import DTYPES, MAX_RANK, TensorSpec
 from ..core.upstream import Operation, RemoteSpec
-from .triton_config import MAX_CONFIG_BYTES, ConfigError
+from .triton_config import ConfigError
 
 REMOTE_FILE: Final = "remote.toml"
 PIPELINE_FILE: Final = "pipeline.toml"
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _TARGET: Final = rf"^{_NAME}(@[a-z][a-z0-9-]{{0,62}}|/versions/[1-9][0-9]{{0,17}})?$"
 _Options = TypeVar("_Options", bound=BaseModel)
-_Read = TypeVar("_Read")
 TensorName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -121,31 +117,6 @@ def parse_pipeline(text: str) -> PipelineSpec:
         None if options.inputs is None else tuple(TensorSpec(t.name, t.datatype, t.shape) for t in options.inputs),
         None if options.outputs is None else dict(options.outputs),
     )
-
-
-def read_remote(path: Path) -> RemoteSpec:
-    """Read a version's ``remote.toml``; blocks. Raises ``ModelRejectedError`` that names the member."""
-    return _read(path, parse_remote)
-
-
-def read_pipeline(path: Path) -> PipelineSpec:
-    """Read a version's ``pipeline.toml``; blocks. Raises ``ModelRejectedError`` that names the member."""
-    return _read(path, parse_pipeline)
-
-
-def _read(path: Path, parse: Callable[[str], _Read]) -> _Read:
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_CONFIG_BYTES + 1)
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise ConfigError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        return parse(raw.decode())
-    except UnicodeDecodeError:
-        raise ModelRejectedError(f"{path.name}: not UTF-8") from None
-    except ConfigError as error:
-        raise ModelRejectedError(f"{path.name}: {error}") from None
-    except OSError as error:
-        raise ModelRejectedError(f"{path.name}: {error.strerror}") from error
 
 
 def parse_step_target(text: str) -> StepTarget:

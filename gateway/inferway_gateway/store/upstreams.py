@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import ssl
 import stat
 import tomllib
 from collections.abc import Callable
@@ -152,8 +153,8 @@ def read_upstreams(path: Path, variable: Callable[[str], str | None]) -> tuple[U
         path: relative paths in the file are taken from its directory.
         variable: gives the value of a variable of the environment.
     Raises:
-        UpstreamsError: the file cannot be read, is not TOML, or has an unknown or wrong member; or a secret is missing,
-            or its file may be read by others.
+        UpstreamsError: the file cannot be read, is not TOML, or has an unknown or wrong member; a secret is missing, or
+            its file may be read by others; a file of certificates cannot be used.
     """
     try:
         with path.open("rb") as stream:
@@ -178,12 +179,19 @@ def _spec(options: UpstreamOptions, folder: Path, variable: Callable[[str], str 
         if name not in ("endpoints", "secret", "insecure_secret", "health_path", "ca_file")
     }
     health = options.health_path
+    ca_file = None if options.ca_file is None else str(folder / options.ca_file)
+    try:
+        ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # ssl.SSLError is one
+        raise UpstreamsError(
+            f"cannot use the file of certificates of upstream '{options.name}': {error.strerror or error}"
+        ) from error
     return UpstreamSpec(
         **values,
         endpoints=tuple(EndpointSpec(e.url, _label(e.url), e.weight) for e in options.endpoints),
         secret=None if options.secret is None else _secret(options.name, options.secret, folder, variable),
         health_path=HEALTH_PATHS[options.protocol] if health is None else health,
-        ca_file=None if options.ca_file is None else str(folder / options.ca_file),
+        ca_file=ca_file,
     )
 
 
