@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from pydantic_core import PydanticUndefined
 
 from inferway_contract.codes import ERRORS
 from inferway_gateway.__main__ import _parser
+from inferway_gateway.core.catalog import AliasRecord, AliasSpec, Shadow
+from inferway_gateway.core.routing import Router
 from inferway_gateway.core.stats import ModelStats
+from inferway_gateway.http.alias_metrics import AliasMetrics
 from inferway_gateway.http.metrics import Metrics
 from inferway_gateway.server.policy import EdgeStats
 from inferway_gateway.settings import Settings
@@ -92,6 +96,10 @@ def metrics(prefix: str) -> str:
     edge = EdgeStats(refused={"headers_too_large": 1}, expired={"header": 1})
     shown = Metrics(lambda: [("iris", 1, stats, True)], edge)
     shown.http_request("/v2", 200)
+    router = Router()
+    spec = AliasSpec({1: 100}, shadow=Shadow(2))
+    router.update([AliasRecord("iris", "stable", spec, None, 1, datetime.now(UTC), "gateway")])
+    shown.add(AliasMetrics(router.aliases))
     text, _ = shown.render("")
     rows = []
     for family in sorted(text_string_to_metric_families(text.decode()), key=lambda family: family.name):
