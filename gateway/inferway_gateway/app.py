@@ -23,6 +23,7 @@ from .core.shadow import Shadows
 from .core.stats import ModelStats
 from .front.hub import Hub
 from .http import routes_aliases, routes_blobs, routes_docs, routes_keys, routes_oip
+from .http.alias_metrics import AliasMetrics
 from .http.application import GatewayApplication, InferRoute
 from .http.logs import access_log
 from .http.metrics import Metrics
@@ -209,6 +210,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             stack.push_async_callback(_end, tidying)
             await _check_exposure(settings, keys.service)
             metrics = Metrics(lambda: ((s.name, s.version, s.stats, True) for s in registry.served()), app.edge_stats)
+            metrics.add(AliasMetrics(router.aliases))
             app.begin_drain = registry.begin_drain
             loading = asyncio.create_task(registry.run(), name="inferway-registry")
             stack.push_async_callback(_end, loading)
