@@ -1,6 +1,7 @@
 """The command line: arguments to settings, settings to a running gateway.
 
 ``inferway serve`` and ``inferway keys`` need the extra ``[gateway]``; without it they say so and how to get it.
+``inferway deploy`` and ``inferway models`` are a client's commands and work without it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from . import __version__
+from . import __version__, cli_models
 
 if TYPE_CHECKING:
     from .front.hub import Hub
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, Any]:
-    parser = argparse.ArgumentParser(prog="inferway", description="Serve ONNX models, and manage who may call them.")
+    parser = argparse.ArgumentParser(prog="inferway", description="Serve ONNX models, deploy them, say who may call.")
     parser.add_argument("--version", action="version", version=f"inferway {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
@@ -91,21 +92,40 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 failed, 2 wrong arguments or a missing extra."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = _parser()
+    cli_models.add_parser(commands)
+    if not arguments or arguments[0] not in cli_models.COMMANDS:
+        # A client's commands wait for none of this, and work where the gateway's extra is not installed.
+        _add_operators(commands)
+    args = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_operators(commands: Any) -> None:
+    """Add the commands that work on the gateway's own state; without the extra, what says so in their place."""
     try:
         with _quick_to_interrupt():
             from .cli_keys import add_parser
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("inferway_gateway", "inferway_contract"):
             raise
-        return _fail(f"this needs the gateway ({error.name} is not installed): pip install 'inferway[gateway]'", 2)
-    parser, commands = _parser()
+        missing = error.name
+        commands.choices["serve"].set_defaults(run=lambda _: _needs_gateway(missing))
+        for name in ("keys",):
+            stub = commands.add_parser(name, help="needs the gateway: pip install 'inferway[gateway]'", add_help=False)
+            stub.add_argument("rest", nargs=argparse.REMAINDER)
+            stub.set_defaults(run=lambda _: _needs_gateway(missing))
+        return
     add_parser(commands)
-    args = parser.parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = args.run
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        return 130
+
+
+def _needs_gateway(missing: str | None) -> int:
+    return _fail(f"this needs the gateway ({missing} is not installed): pip install 'inferway[gateway]'", 2)
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -7,9 +7,11 @@ are held against the model's own signature here, like the inputs of any call.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeAlias
+from pathlib import Path
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 
@@ -19,8 +21,9 @@ from ._signature import ModelMetadata
 from ._tensors import Array, json_data, widen_bf16
 
 GOLDEN_FILE: Final = "golden.json"
-Golden: TypeAlias = "Sequence[tuple[object, object]]"
-"""Pairs of inputs and the outputs that belong to them, each as `ModelHandle.infer` takes inputs."""
+Golden: TypeAlias = "Sequence[tuple[object, object]] | os.PathLike[str]"
+"""Pairs of inputs and the outputs that belong to them, each as `ModelHandle.infer` takes inputs; or the path of a
+``golden.json`` that has been written before."""
 
 _UNKNOWN: Final = ModelMetadata(name="the model", versions=(), platform="", inputs=(), outputs=())
 
@@ -31,9 +34,11 @@ def golden_json(golden: Golden, signature: ModelMetadata | None) -> bytes:
     Args:
         signature: the model's, against which examples are checked and cast; None where it is not known.
     Raises:
-        ConfigurationError: it is no list of pairs, or an empty one.
+        ConfigurationError: it is no list of pairs, or an empty one, or no file of examples.
         InvalidInputError: an example does not fit the signature; the message counts from 1.
     """
+    if isinstance(golden, os.PathLike):
+        return _written(Path(golden))
     if isinstance(golden, str | bytes) or not isinstance(golden, Sequence) or not golden:
         raise ConfigurationError("golden expects a list of pairs (inputs, outputs)")
     takes = signature or _UNKNOWN
@@ -53,6 +58,19 @@ def golden_json(golden: Golden, signature: ModelMetadata | None) -> bytes:
             raise InvalidInputError(f"golden example {number}: expected at least one output")
         examples.append({"inputs": inputs, "outputs": outputs})
     return json.dumps({"examples": examples}, separators=(",", ":"), allow_nan=True).encode()
+
+
+def _written(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        members: Any = json.loads(content)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is no JSON: {error}") from error
+    if not isinstance(members, dict) or not isinstance(cast(dict[str, Any], members).get("examples"), list):
+        raise ConfigurationError(f"expected {path} to hold golden examples: {{'examples': [{{'inputs', 'outputs'}}]}}")
+    return content
 
 
 def _tensors(model: ModelMetadata, values: object) -> list[dict[str, Any]]:

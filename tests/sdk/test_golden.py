@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,3 +94,18 @@ def test_without_a_signature_arrays_keep_their_own_types() -> None:
 def test_what_is_no_example_is_refused(golden: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         golden_json(golden, read_facts(models.add_one()).signature)
+
+
+def test_a_file_of_examples_goes_along_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_bytes(golden_json([([[0.0] * 16], [[1.0] * 16])], read_facts(models.add_one()).signature))
+    assert golden_json(path, None) == path.read_bytes()
+
+
+@pytest.mark.parametrize("content", [None, "text", "[]", '{"example": []}', "[" * 100_000])
+def test_a_file_without_examples_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigurationError, match=r"mine\.json"):
+        golden_json(path, None)

@@ -250,8 +250,8 @@ class Models:
                 gateway's choice.
             config: the members of ``inferway.toml``; they are put over those of a file of that name.
             pinned: never unloaded to make room for others.
-            golden: pairs of inputs and the outputs that they must give, each as `infer` takes inputs; the gateway runs
-                them before the version may serve.
+            golden: pairs of inputs and the outputs that they must give, each as `infer` takes inputs, or the path of a
+                ``golden.json``; the gateway runs them before the version may serve.
             wait: come back when the version is in service, with ``version_record``; else as soon as the gateway began.
             progress: a function that is told each `DeployEvent`, True for a bar, False for nothing; None shows a bar on
                 a terminal and in a notebook.
@@ -565,8 +565,8 @@ class AsyncModels:
                 gateway's choice.
             config: the members of ``inferway.toml``; they are put over those of a file of that name.
             pinned: never unloaded to make room for others.
-            golden: pairs of inputs and the outputs that they must give, each as `infer` takes inputs; the gateway runs
-                them before the version may serve.
+            golden: pairs of inputs and the outputs that they must give, each as `infer` takes inputs, or the path of a
+                ``golden.json``; the gateway runs them before the version may serve.
             wait: come back when the version is in service, with ``version_record``; else as soon as the gateway began.
             progress: a function that is told each `DeployEvent`, True for a bar, False for nothing; None shows a bar on
                 a terminal and in a notebook.
