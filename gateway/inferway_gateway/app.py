@@ -204,7 +204,13 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 grace_s=settings.blob_grace_s,
             )
             storage = await stack.enter_async_context(
-                open_storage(state_dir=settings.state_dir, catalog=catalog, limits=limits)
+                open_storage(
+                    state_dir=settings.state_dir,
+                    catalog=catalog,
+                    limits=limits,
+                    blob_store=settings.blob_store,
+                    cache_bytes=settings.blob_cache_bytes,
+                )
             )
             tidying = asyncio.create_task(storage.keep_tidy(), name="inferway-storage")
             stack.push_async_callback(_end, tidying)

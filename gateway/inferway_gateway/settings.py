@@ -105,6 +105,13 @@ class Settings(BaseSettings):
     drain_timeout_s: PositiveFloat = 30.0
     """Seconds that requests in flight have to end after that."""
 
+    blob_store: str | None = None
+    """URL of an object store for the files of deployed models, such as ``s3://bucket/prefix``; by default they are in
+    ``state_dir``. Credentials, region and endpoint are taken from the usual variables (``AWS_ACCESS_KEY_ID``,
+    ``AWS_SECRET_ACCESS_KEY``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``, and ``AWS_ALLOW_HTTP`` for one without TLS).
+    Needs ``inferway[gateway,s3]``. No two databases may share a prefix."""
+    blob_cache_bytes: PositiveInt = 32 * 1024**3
+    """Bytes that local copies of an object store's files may take, besides those of versions that are in use."""
     upload_limit_bytes: PositiveInt = 16 * 1024**3
     """The largest file of a deployed model. Files are uploaded in streams, so ``body_limit_bytes`` does not hold for
     them."""

@@ -52,7 +52,7 @@ _T = TypeVar("_T")
 
 DIGEST_PATTERN: Final = re.compile(r"[0-9a-f]{64}")
 _BY_PATTERN: Final = re.compile(r"[0-9A-Za-z]{1,32}")
-_STORED: Final = re.compile(r"([0-9a-f]{64})(?:-([0-9a-f]{1,16}))?")
+STORED_PATTERN: Final = re.compile(r"([0-9a-f]{64})(?:-([0-9a-f]{1,16}))?")
 _THREADS: Final = 4
 _PIECE: Final = 256 * 1024
 """What is collected before a thread writes and hashes it: a hop costs as much as hashing some 50 KiB."""
@@ -232,7 +232,7 @@ class DiskDepot:
 
     def _stored(self) -> Iterator[Stored]:
         for path in sorted(self._root.glob("sha256/*/*")):
-            match = _STORED.fullmatch(path.name)
+            match = STORED_PATTERN.fullmatch(path.name)
             if match is None:
                 continue
             with suppress(FileNotFoundError):
@@ -365,6 +365,9 @@ class BlobStore:
         try:
             await self._threads.run(upload.seal)
             await self._depot.keep(path, digest, copy)
+        except StoreUnavailableError:
+            await self._discard(digest, copy)
+            raise  # what came is whole and stays: going on from its end tries again
         except (GatewayError, OSError):
             # After an error of the disk nobody knows what of it lasts.
             await self._discard(digest, copy)

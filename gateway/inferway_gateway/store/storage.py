@@ -12,13 +12,14 @@ from typing import Final, NamedTuple
 
 from ..core.catalog import Catalog
 from ..core.errors import GatewayError
-from .blobs import BlobStore, Collected, DiskDepot, DiskThreads, Problem, StorageLimits
-from .state import prepare_directory
+from .blobs import BlobStore, Collected, Depot, DiskDepot, DiskThreads, Problem, StorageLimits
+from .state import StateError, prepare_directory
 from .versions import VersionDirectories
 
 _log = logging.getLogger("inferway.store")
 
 SWEEP_INTERVAL_S: Final = 3600.0
+CACHE_BYTES: Final = 32 * 1024**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +59,25 @@ class Storage(NamedTuple):
 
 
 @asynccontextmanager
-async def open_storage(*, state_dir: Path, catalog: Catalog, limits: StorageLimits) -> AsyncIterator[Storage]:
+async def open_storage(
+    *,
+    state_dir: Path,
+    catalog: Catalog,
+    limits: StorageLimits,
+    blob_store: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> AsyncIterator[Storage]:
     """Open what is on disk, and close it.
 
     Args:
         state_dir: the state directory, made where it is missing.
+        blob_store: URL of an object store; None keeps contents in the state directory.
+        cache_bytes: what the local copies of an object store's contents may take.
     Raises:
-        StateError: a directory cannot be used; the message is for the operator.
+        StateError: a directory or the URL cannot be used; the message is for the operator.
     """
-    uploads, kept, versions = (state_dir / name for name in ("uploads", "blobs", "versions"))
+    uploads, versions = state_dir / "uploads", state_dir / "versions"
+    kept = state_dir / ("blobs" if blob_store is None else "cache")
 
     def prepare() -> None:
         for directory in (state_dir, uploads, kept, versions):
@@ -75,7 +86,17 @@ async def open_storage(*, state_dir: Path, catalog: Catalog, limits: StorageLimi
     threads = DiskThreads()
     try:
         await threads.run(prepare)
-        blobs = BlobStore(uploads, catalog, DiskDepot(kept, threads), threads, limits)
+        depot: Depot = DiskDepot(kept, threads)
+        if blob_store is not None:
+            try:
+                # Only here: it is an extra, which a gateway that keeps contents on disk need not have.
+                from .objects import ObjectDepot, open_object_store
+            except ModuleNotFoundError as error:
+                if error.name != "obstore":
+                    raise
+                raise StateError("an object store needs a library: pip install 'inferway[gateway,s3]'") from error
+            depot = ObjectDepot(open_object_store(blob_store), kept, cache_bytes, threads)
+        blobs = BlobStore(uploads, catalog, depot, threads, limits)
         yield Storage(blobs, VersionDirectories(versions, catalog, blobs, threads))
     finally:
         await threads.close()
