@@ -15,13 +15,16 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from . import __version__, cli_models
 
 if TYPE_CHECKING:
     from .front.hub import Hub
     from .http.application import GatewayApplication
+
+_OPERATORS: Final = frozenset({"serve", "keys", "registry"})
+"""Commands that work on the gateway's own state."""
 
 
 def _parser() -> tuple[argparse.ArgumentParser, Any]:
@@ -97,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli_models.add_parser(commands)
     if not arguments or arguments[0] not in cli_models.COMMANDS:
         # A client's commands wait for none of this, and work where the gateway's extra is not installed.
-        _add_operators(commands)
+        missing = _add_operators(commands)
+        if missing is not None and arguments and arguments[0] in _OPERATORS:
+            return _fail(f"this needs the gateway ({missing} is not installed): pip install 'inferway[gateway]'", 2)
     args = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
@@ -106,26 +111,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _add_operators(commands: Any) -> None:
-    """Add the commands that work on the gateway's own state; without the extra, what says so in their place."""
+def _add_operators(commands: Any) -> str | None:
+    """Add the commands that work on the gateway's own state; what is missing where its extra is not installed."""
     try:
         with _quick_to_interrupt():
             from .cli_keys import add_parser
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("inferway_gateway", "inferway_contract"):
             raise
-        missing = error.name
-        commands.choices["serve"].set_defaults(run=lambda _: _needs_gateway(missing))
-        for name in ("keys",):
-            stub = commands.add_parser(name, help="needs the gateway: pip install 'inferway[gateway]'", add_help=False)
-            stub.add_argument("rest", nargs=argparse.REMAINDER)
-            stub.set_defaults(run=lambda _: _needs_gateway(missing))
-        return
+        return error.name or "a library"
     add_parser(commands)
-
-
-def _needs_gateway(missing: str | None) -> int:
-    return _fail(f"this needs the gateway ({missing} is not installed): pip install 'inferway[gateway]'", 2)
+    return None
 
 
 def _serve(args: argparse.Namespace) -> int:
