@@ -31,6 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"core", "store", "contract"},
     "server": {"core", "server"},
     "http": {"core", "http", "store", "server", "contract"},
+    # A front process is an application of its own, of the same parts: the inference route, keys, the edge.
+    "front": {"core", "front", "http", "store", "server"},
 }
 """Room of the gateway to the rooms that it may import from."""
 

@@ -139,6 +139,8 @@ def _bytes_to_strings(raw: memoryview, shape: Sequence[int]) -> NDArray[Any]:
         count *= dim
     ends = np.cumsum(np.frombuffer(raw[: 4 * count], "<u4"), dtype=np.int64)
     text = raw[4 * count :].tobytes()
+    if len(ends) != count or (count and ends[-1] != len(text)):
+        raise ValueError("expected strings as long as they are said to be")
     array = np.empty(count, object)
     begin = 0
     for i, end in enumerate(ends.tolist()):

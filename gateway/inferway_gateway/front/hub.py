@@ -101,6 +101,7 @@ class Hub:
         self._changed_keys: set[str] = set()
         self._aliases: list[tuple[str, str, int]] = []
         self._arrivals = asyncio.Condition()
+        self._syncing = asyncio.Lock()
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class Hub:
         """
         self._held = _Held(registry, router, metrics, edge_stats)
         if authenticator is not None:
-            authenticator.on_forget = self._changed_keys.add
+            authenticator.on_forget = self._key_changed
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(lambda: Front(self), str(self.line_path))
         self.line_path.chmod(0o600)
@@ -167,17 +168,22 @@ class Hub:
         Args:
             report: also have them report what they counted up to now.
         """
-        if not (self._outdated() or report) or not self.fronts:
-            return
-        text = self.aliases()
-        keys, self._changed_keys = sorted(self._changed_keys), set()
-        number = next(self._syncs) & 0xFFFFFFFF
-        frame = pack(Kind.SYNC, number, {"aliases": True, "keys": keys}, text=text)
-        done = [front.sync(number, frame) for front in self.fronts]
-        _, late = await asyncio.wait(done, timeout=_SYNC_LIMIT_S)
-        for future in late:
-            future.cancel()
-            logger.warning("a front process did not take over a change within %g s", _SYNC_LIMIT_S)
+        # One at a time: what another call has sent off is only known when that is done.
+        async with self._syncing:
+            if not (self._outdated() or report) or not self.fronts:
+                return
+            text = self.aliases()
+            keys, self._changed_keys = sorted(self._changed_keys), set()
+            number = next(self._syncs) & 0xFFFFFFFF
+            frame = pack(Kind.SYNC, number, {"aliases": True, "keys": keys}, text=text)
+            done = [front.sync(number, frame) for front in self.fronts]
+            _, late = await asyncio.wait(done, timeout=_SYNC_LIMIT_S)
+            for future in late:
+                future.cancel()
+                logger.warning("a front process did not take over a change within %g s", _SYNC_LIMIT_S)
+
+    def _key_changed(self, key_id: str) -> None:
+        self._changed_keys.add(key_id)
 
     def aliases(self) -> bytes:
         """All aliases, for a front to know; from now on they count as known."""
