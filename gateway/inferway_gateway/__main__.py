@@ -33,13 +33,17 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve",
-        help="serve a model repository",
-        description="Serve every model of a directory laid out as NAME/VERSION/model.onnx. "
+        help="serve models",
+        description="Serve every model of a directory laid out as NAME/VERSION/model.onnx, and those that are deployed "
+        "through the API. "
         "Each option can also be set in the environment, as INFERWAY_ and its name in capitals (--no-auth is "
         "INFERWAY_AUTH=false, --load-model is INFERWAY_LOAD_MODELS). Limits and timeouts are set there alone; "
         "docs/settings.md has them all.",
     )
-    serve.add_argument("model_dir", type=Path, nargs="?", metavar="DIR", help="the model repository")
+    serve.add_argument("model_dir", type=Path, nargs="?", metavar="DIR", help="the model repository, if there is one")
+    serve.add_argument(
+        "--upstreams", type=Path, metavar="FILE", help="TOML file of servers elsewhere that models may be on"
+    )
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on, 0 for a free one (default 8080)")
     serve.add_argument("--no-auth", dest="auth", action="store_false", default=None, help="ask for no API key")
@@ -142,23 +146,22 @@ def _serve(args: argparse.Namespace) -> int:
         settings = Settings(**chosen)
     except ValidationError as error:
         return _fail("; ".join(f"{_option(e['loc'], chosen)}: {_reason(e)}" for e in error.errors()), 2)
-    if settings.model_dir is None:
-        return _fail("expected a model repository: inferway serve DIR", 2)
-    if not settings.model_dir.is_dir():
+    if settings.model_dir is not None and not settings.model_dir.is_dir():
         return _fail(f"expected {settings.model_dir} to be a directory of models, and there is none", 2)
     configure_logging(settings.log_format, settings.log_level)
     # A runner thread whose run has ended waits for the interpreter while the event loop is busy: 0.5 to 0.6 ms at the
     # default of 5 ms, 0.16 to 0.37 ms like this (2 processors, November 2026), and the loop does no less.
     sys.setswitchinterval(2e-4)
+
+    def ready(port: int) -> None:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        announce(f"Inferway listens on http://{host}:{port}")
+
     made: list[GatewayApplication] = []
 
     def make(hub: Hub | None = None) -> GatewayApplication:
         made.append(create_app(settings, hub))
         return made[0]
-
-    def ready(port: int) -> None:
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        announce(f"Inferway listens on http://{host}:{port}")
 
     try:
         if settings.workers > 1:

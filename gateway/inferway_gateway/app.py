@@ -4,38 +4,54 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Final, TypedDict
 
 from starlette.applications import Starlette
 
 from .backends.onnx import OnnxBackend
+from .backends.remote import RemoteBackend
+from .core.budget import MemoryBudget, machine_bytes
+from .core.catalog import VersionRecord
+from .core.deployments import Deployer, Follower, process_id
 from .core.errors import GatewayError, StoreUnavailableError
+from .core.execution import Executor
 from .core.guard import TrafficWatch, watch_traffic
 from .core.keys import Authenticator, KeyService
+from .core.managed import ManagedVersions
+from .core.opening import VersionOpener
+from .core.pipeline import PipelineExecutor
 from .core.registry import Registry
 from .core.routing import Router
 from .core.runners import RunnerPool
 from .core.served import ServedVersion
 from .core.shadow import Shadows
-from .core.stats import ModelStats
+from .core.stats import Histogram, ModelStats
+from .core.step_models import ServedSteps
+from .core.upstream import UpstreamSpec
 from .front.hub import Hub
-from .http import routes_aliases, routes_blobs, routes_docs, routes_keys, routes_oip
+from .http import routes_aliases, routes_blobs, routes_docs, routes_keys, routes_models, routes_oip
 from .http.alias_metrics import AliasMetrics
 from .http.application import GatewayApplication, InferRoute
+from .http.elsewhere_metrics import Elsewhere
 from .http.logs import access_log
 from .http.metrics import Metrics
 from .http.routing import ApiRoute, refuse_foreign_pages
-from .settings import Settings
+from .settings import Settings, environment_variable
 from .store.blobs import BlobStore, StorageLimits
 from .store.catalog import SqlCatalog, open_catalog
 from .store.database import open_keys
+from .store.elsewhere import PIPELINE_FILE, REMOTE_FILE
 from .store.repository import ModelRepository
 from .store.sql import cause_in_words
 from .store.state import StateError
 from .store.storage import open_storage
+from .store.upstreams import read_upstreams
+from .store.version_checks import VersionChecks
+from .store.version_config import read_artifact, read_pipeline, read_remote
 from .store.versions import VersionDirectories
 
 logger = logging.getLogger("inferway")
@@ -44,6 +60,8 @@ READ: Final = frozenset({"read"})
 INFER_OR_READ: Final = frozenset({"infer", "read"})
 DEPLOY: Final = frozenset({"deploy"})
 ADMIN: Final = frozenset({"admin"})
+MEMORY_SHARE: Final = 0.8
+"""Of the machine's memory: what deployed models may hold where the settings say nothing."""
 
 
 class ExposureError(Exception):
@@ -61,6 +79,9 @@ class State(TypedDict):
     authenticator: Authenticator | None
     keys: KeyService
     catalog: SqlCatalog
+    managed: ManagedVersions
+    follower: Follower
+    deployer: Deployer
     blobs: BlobStore
     versions: VersionDirectories
     metrics: Metrics
@@ -77,7 +98,11 @@ def routes() -> list[ApiRoute]:
     keys = "/api/v1/keys"
     blob = "/api/v1/blobs/{digest}"
     own = frozenset({"self"})
-    aliases = "/api/v1/models/{model}/aliases"
+    models = "/api/v1/models"
+    deployed = models + "/{model}"
+    numbered = deployed + "/versions/{version}"
+    deployments = "/api/v1/deployments"
+    aliases = deployed + "/aliases"
     alias = aliases + "/{alias}"
     return [
         ApiRoute("/v2/health/live", oip.live, "GET", public=True),
@@ -102,6 +127,18 @@ def routes() -> list[ApiRoute]:
         ApiRoute(named + "/index", oip.named_repository, "POST", scopes=READ),
         ApiRoute(named + "/models/{model}/load", oip.named_repository, "POST", scopes=DEPLOY),
         ApiRoute(named + "/models/{model}/unload", oip.named_repository, "POST", scopes=DEPLOY),
+        ApiRoute(models, routes_models.list_models, "GET", scopes=READ | DEPLOY),
+        ApiRoute(deployed, routes_models.get_model, "GET", scopes=READ | DEPLOY),
+        ApiRoute(deployed, routes_models.delete_model, "DELETE", scopes=DEPLOY),
+        ApiRoute(deployed + "/events", routes_models.model_events, "GET", scopes=READ | DEPLOY),
+        ApiRoute(deployed + "/versions", routes_models.create_version, "POST", scopes=DEPLOY),
+        ApiRoute(numbered, routes_models.get_version, "GET", scopes=READ | DEPLOY),
+        ApiRoute(numbered, routes_models.change_version, "PATCH", scopes=DEPLOY),
+        ApiRoute(numbered, routes_models.delete_version, "DELETE", scopes=DEPLOY),
+        ApiRoute(deployments, routes_models.list_deployments, "GET", scopes=READ | DEPLOY),
+        ApiRoute(deployments + "/{deployment_id}", routes_models.get_deployment, "GET", scopes=READ | DEPLOY),
+        ApiRoute(deployments + "/{deployment_id}/cancel", routes_models.cancel_deployment, "POST", scopes=DEPLOY),
+        ApiRoute("/api/v1/events", routes_models.all_events, "GET", scopes=READ | DEPLOY),
         ApiRoute(aliases, routes_aliases.list_aliases, "GET", scopes=READ | DEPLOY),
         ApiRoute(alias, routes_aliases.get_alias, "GET", scopes=READ | DEPLOY),
         ApiRoute(alias, routes_aliases.set_alias, "PUT", scopes=DEPLOY),
@@ -127,14 +164,9 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
     """The gateway as an ASGI application. Nothing is opened before its lifespan begins.
 
     Args:
-        settings: validated; ``model_dir`` has to be set.
+        settings: validated.
         hub: takes the requests of front processes, where there are some.
-    Raises:
-        ValueError: ``model_dir`` is not set.
     """
-    if settings.model_dir is None:
-        raise ValueError("expected the setting model_dir, a model repository to serve")
-    model_dir = settings.model_dir
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[State]:
@@ -161,8 +193,46 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 trial_budget_s=settings.trial_budget_s,
                 measure_budget_s=settings.measure_budget_s,
             )
+
+            async def place(record: VersionRecord) -> Path:
+                return await storage.versions.materialise(record)
+
+            async def build_remote(name: str, version: int, folder: Path, stats: ModelStats) -> Executor:
+                spec = await asyncio.to_thread(read_remote, folder)
+                return await remote.open(name, version, spec, stats)
+
+            async def build_pipeline(name: str, version: int, folder: Path, stats: ModelStats) -> Executor:
+                spec = await asyncio.to_thread(read_pipeline, folder)
+                return await PipelineExecutor.open(name, version, spec, steps, stats)
+
+            async def open_remote(record: VersionRecord, folder: Path, stats: ModelStats) -> Executor:
+                return await build_remote(record.model, record.version, folder, stats)
+
+            async def open_pipeline(record: VersionRecord, folder: Path, stats: ModelStats) -> Executor:
+                return await build_pipeline(record.model, record.version, folder, stats)
+
+            upstreams: tuple[UpstreamSpec, ...] = ()
+            if settings.upstreams is not None:
+                upstreams = await asyncio.to_thread(read_upstreams, settings.upstreams, environment_variable)
+            remote = await stack.enter_async_context(RemoteBackend(upstreams))
+            opener = VersionOpener(
+                place,
+                read_artifact,
+                {"inprocess": backend, "worker": backend},
+                {"remote": open_remote, "pipeline": open_pipeline},
+                threads=settings.parallel_deployments,
+            )
+            await stack.enter_async_context(opener)
+            managed = ManagedVersions(
+                opener,
+                runners,
+                MemoryBudget(settings.memory_budget_bytes or int(machine_bytes() * MEMORY_SHARE)),
+                run_timeout_s=settings.run_timeout_s,
+                drain_timeout_s=settings.drain_timeout_s,
+                load_wait_s=settings.load_wait_s,
+            )
             registry = Registry(
-                ModelRepository(model_dir),
+                None if settings.model_dir is None else ModelRepository(settings.model_dir),
                 backend,
                 runners,
                 control=settings.model_control,
@@ -171,6 +241,8 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 run_timeout_s=settings.run_timeout_s,
                 drain_timeout_s=settings.drain_timeout_s,
                 strict_readiness=settings.strict_readiness,
+                managed=managed,
+                builders={REMOTE_FILE: build_remote, PIPELINE_FILE: build_pipeline},
             )
             stack.push_async_callback(registry.close)
 
@@ -178,6 +250,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 return await registry.acquire(name, version, deadline=deadline)
 
             router = Router()
+            steps = ServedSteps(router, registry, managed)
             shadows = await stack.enter_async_context(Shadows(find))
 
             def stats_of(name: str, version: int) -> ModelStats | None:
@@ -216,11 +289,21 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             stack.push_async_callback(_end, tidying)
             await _check_exposure(settings, keys.service)
             metrics = Metrics(lambda: ((s.name, s.version, s.stats, True) for s in registry.served()), app.edge_stats)
+            metrics.add(Elsewhere(remote.stats, lambda: _pipelines(registry)))
             metrics.add(AliasMetrics(router.aliases))
             app.begin_drain = registry.begin_drain
             loading = asyncio.create_task(registry.run(), name="inferway-registry")
             stack.push_async_callback(_end, loading)
-            router.update((await catalog.snapshot()).aliases)
+            checks = VersionChecks(storage.blobs, storage.versions, None)
+            follower = Follower(catalog, managed, router, remove=checks.remove)
+            owner = process_id()
+            deployer = Deployer(
+                catalog, managed, checks, follower.follow, owner=owner, parallel=settings.parallel_deployments
+            )
+            stack.push_async_callback(deployer.close)
+            await deployer.end_interrupted()
+            for name, work in (("inferway-catalog", follower.run()), ("inferway-deployments", deployer.run())):
+                stack.push_async_callback(_end, asyncio.create_task(work, name=name))
             watching = asyncio.create_task(watch_traffic(watch, catalog, router), name="inferway-guard")
             stack.push_async_callback(_end, watching)
             if hub is not None:
@@ -242,6 +325,9 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 authenticator=keys.authenticator if settings.auth else None,
                 keys=keys.service,
                 catalog=catalog,
+                managed=managed,
+                follower=follower,
+                deployer=deployer,
                 blobs=storage.blobs,
                 versions=storage.versions,
                 metrics=metrics,
@@ -252,6 +338,12 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
     if not settings.auth:
         app.guard = partial(refuse_foreign_pages, any_host=settings.insecure)
     return app
+
+
+def _pipelines(registry: Registry) -> Iterator[tuple[str, int, Mapping[str, Histogram]]]:
+    for served in registry.served():
+        if isinstance(served.batcher, PipelineExecutor):
+            yield served.name, served.version, served.batcher.step_seconds
 
 
 async def _check_exposure(settings: Settings, keys: KeyService) -> None:

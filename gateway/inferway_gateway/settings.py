@@ -20,6 +20,11 @@ def default_state_dir() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "inferway"
 
 
+def environment_variable(name: str) -> str | None:
+    """A variable that an operator's file names, such as the one that holds an upstream's secret."""
+    return os.environ.get(name)
+
+
 class Settings(BaseSettings):
     """The gateway's settings, frozen and validated before anything opens."""
 
@@ -33,7 +38,8 @@ class Settings(BaseSettings):
     )
 
     model_dir: Path | None = None
-    """The model repository: one directory a model, in the layout ``NAME/VERSION/model.onnx``."""
+    """The model repository: one directory a model, in the layout ``NAME/VERSION/model.onnx``. Without one the gateway
+    serves what is deployed to it."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs at least one API key, or ``insecure``."""
     port: int = Field(default=8080, ge=0, le=65535)
@@ -60,6 +66,9 @@ class Settings(BaseSettings):
     go on working in another process. Keys in use are read again after a quarter of it, so that they never wait; below
     2.5 they may, while a database hangs."""
 
+    upstreams: Path | None = None
+    """TOML file of the servers elsewhere that model versions may be on, see docs/remote-models.md."""
+
     model_control: Literal["none", "explicit", "poll"] = "none"
     """none: load all models at start; explicit: load and unload on request only; poll: follow the directory."""
     load_models: Annotated[tuple[str, ...], NoDecode] = ()
@@ -72,6 +81,18 @@ class Settings(BaseSettings):
     """Seconds that each model's load may take for trying ONNX Runtime options and keeping the fastest; 0: no trial."""
     measure_budget_s: PositiveFloat = 0.5
     """Seconds that each model's load may take for measuring what runs of different sizes cost."""
+
+    isolation: Literal["worker", "inprocess"] = "worker"
+    """Where deployed models run unless their deployment says it: each in a process of its own, or in the gateway's."""
+    allow_inprocess: bool = False
+    """Let whoever may deploy ask for the gateway's own process. A model there that crashes takes the gateway along."""
+    memory_budget_bytes: PositiveInt | None = None
+    """What deployed models may hold of the memory together; by default four fifths of what the machine, or the control
+    group that the gateway runs in, has."""
+    load_wait_s: PositiveFloat = 30.0
+    """Seconds that a request waits for a deployed model that has to be loaded for it. The load goes on after that."""
+    parallel_deployments: PositiveInt = 2
+    """Deployments that go on at once, of different models. Those of one model go one after the other."""
 
     providers: Annotated[tuple[str, ...], NoDecode] = ("CPUExecutionProvider",)
     """ONNX Runtime execution providers in order of preference."""

@@ -10,9 +10,11 @@ comes: ``observe`` looks at the counters from time to time, and before each choi
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from .errors import MemoryExceededError
@@ -214,3 +216,40 @@ class MemoryBudget:
         for key in keys:
             self._held[key].state = "leaving"
         self.evictions += len(keys)
+
+
+def machine_bytes(root: Path = Path("/")) -> int:
+    """The memory that this process may use: the machine's, or the least that a control group above it allows.
+
+    Args:
+        root: of the file system that ``/proc`` and ``/sys`` are looked for in.
+    """
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in _limit_files(root):
+        try:
+            text = file.read_text("ascii").strip()
+        except OSError:
+            continue
+        # Version 2 says "max" where there is no limit, version 1 a number beyond any machine.
+        if text.isdigit() and int(text) > 0:
+            found = min(found, int(text))
+    return found
+
+
+def _limit_files(root: Path) -> list[Path]:
+    mount = root / "sys/fs/cgroup"
+    files: list[Path] = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        base, name = mount, "memory.max"
+        if controllers:
+            if "memory" not in controllers.split(","):
+                continue
+            base, name = mount / "memory", "memory.limit_in_bytes"
+        here = base / path.lstrip("/")
+        files += [folder / name for folder in (here, *here.parents) if folder.is_relative_to(base)]
+    return files

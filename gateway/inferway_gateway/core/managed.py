@@ -82,8 +82,11 @@ class Opener(Protocol):
         """Bytes of memory that it will need: as measured before, or from the sizes of its files."""
         ...
 
-    async def open(self, record: VersionRecord) -> Opened:
+    async def open(self, record: VersionRecord, stats: ModelStats) -> Opened:
         """Bring its files into place and load it.
+
+        Args:
+            stats: what is counted of the version, for an executor that counts itself.
 
         Being cancelled leaves nothing open: what cannot be stopped is closed when it is done.
 
@@ -287,7 +290,12 @@ class ManagedVersions:
         starting = []
         for key in sorted(keys):
             found = self._versions.get(key)
-            if found is not None and found.served is None and found.retry_at <= self._clock() and not self._hides(key):
+            if (
+                found is not None
+                and found.served is None
+                and found.retry_at <= self._clock()
+                and not self.hides(key[0])
+            ):
                 starting.append(self._start(found, urgent=found.record.pinned))
         if not self._settled:
             self._spawn(self._settle(starting))
@@ -377,8 +385,9 @@ class ManagedVersions:
         if entry is not None:
             self.table[name] = entry
 
-    def _hides(self, key: Key) -> bool:
-        return self.table.get(key[0]) is not self._entries.get(key[0])
+    def hides(self, name: str) -> bool:
+        """Whether the catalog has a model of that name, and the folder too."""
+        return name in self._entries and self.table.get(name) is not self._entries[name]
 
     def _of(self, name: str) -> list[_Version]:
         return [found for (model, _), found in self._versions.items() if model == name]
@@ -452,7 +461,7 @@ class ManagedVersions:
         await self._make_room(found, need)
         try:
             started = self._clock()
-            opened = await self._opener.open(record)
+            opened = await self._opener.open(record, found.stats)
             try:
                 executor = opened.executor or self._batch(found, opened)
             except BaseException:

@@ -7,6 +7,7 @@ wrong and silently has no effect is found in production.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Final
 
@@ -92,9 +93,13 @@ class ModelOptions(_Strict):
 
     Attributes:
         run_timeout_s: a run that takes longer is ended.
+        instances: runs of the model that may happen at once.
+        max_batch_size: rows of one run at most; 0 says that there is no batch axis.
     """
 
     run_timeout_s: PositiveFloat | None = None
+    instances: Annotated[int, Field(ge=1, le=1024)] | None = None
+    max_batch_size: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     batching: BatchingOptions = BatchingOptions()
     session: SessionOptionsTable = SessionOptionsTable()
 
@@ -113,14 +118,33 @@ def parse_options(text: str) -> ModelOptions:
     Raises:
         ConfigError: the text is not TOML, or a member is unknown or has a wrong type or value; names the member.
     """
+    return validate_options(parse_toml(text))
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The members of a TOML file. Raises ``ConfigError``."""
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"not TOML: {error}") from None
+
+
+def validate_options(members: Mapping[str, Any]) -> ModelOptions:
+    """The options that members of ``inferway.toml`` give, wherever they come from; as ``parse_options``."""
     try:
-        return ModelOptions.model_validate(values)
+        return ModelOptions.model_validate(members)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(detail) for detail in error.errors(include_url=False))) from None
+
+
+def merge_options(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Members of ``inferway.toml`` with others put over them: tables member by member, everything else as a whole."""
+    merged = dict(below)
+    for name, value in above.items():
+        under = merged.get(name)
+        both = isinstance(under, Mapping) and isinstance(value, Mapping)
+        merged[name] = merge_options(under, value) if both else value  # type: ignore[arg-type]  # both are mappings
+    return merged
 
 
 def _explain(detail: Any) -> str:
@@ -137,7 +161,7 @@ def apply_options(config: ModelConfig, options: ModelOptions) -> ModelConfig:
     batching = options.batching
     return replace(
         config,
-        run_timeout_s=options.run_timeout_s,
+        **_said(options, "run_timeout_s", "instances", "max_batch_size"),
         batching=replace(
             config.batching,
             **_said(batching, "enabled", "row_exact", "max_queue_rows", "max_queue_bytes"),

@@ -2,6 +2,8 @@
 
     ROOT/NAME/VERSION/model.onnx      external data beside it
     ROOT/NAME/model.onnx              a single version, taken as version 1
+    ROOT/NAME/VERSION/pipeline.toml   in place of a model: a graph of others, see elsewhere.py
+    ROOT/NAME/VERSION/remote.toml     in place of a model: one on other servers, see elsewhere.py
     ROOT/NAME/config.pbtxt            optional, see triton_config.py
     ROOT/NAME/inferway.toml           optional, see model_options.py
     ROOT/NAME/labels.txt              whatever label_filename says
@@ -30,6 +32,7 @@ from ..core.backend import Artifact
 from ..core.errors import ModelNotFoundError, VersionNotFoundError
 from ..core.model_config import ModelConfig
 from . import triton_config
+from .elsewhere import PIPELINE_FILE, REMOTE_FILE
 from .model_options import apply_options, parse_options
 from .triton_config import MAX_CONFIG_BYTES, ConfigError
 from .triton_config import describe_config as describe_config
@@ -53,7 +56,7 @@ class RepositoryModel:
     """What the repository holds under one name.
 
     Attributes:
-        versions: version to its ONNX file, ascending.
+        versions: version to its ONNX file, or to what stands for one, ascending.
         config: as the files say; the default where ``error`` is set.
         error: why the model cannot be served, in words for the operator and without paths; None where it can.
         fingerprint: changes whenever any file of the model does.
@@ -145,7 +148,7 @@ class ModelRepository:
         Raises:
             ConfigError: it cannot be read, or asks for what cannot be done.
         """
-        folder = _Folder(self._root.resolve(strict=True), model.name)
+        folder = ModelFolder(self._root.resolve(strict=True), model.name)
         message, remark = triton_config.parse_json(config)
         served, versions = _read(folder, message)
         tag = hashlib.sha256(repr(sorted(served.raw.items())).encode()).hexdigest()[:32]
@@ -165,13 +168,13 @@ class ModelRepository:
         try:
             if NAME_PATTERN.fullmatch(name) is None:
                 raise ConfigError(f"the folder's name must match {NAME_PATTERN.pattern}")
-            folder = _Folder(root, name)
+            folder = ModelFolder(root, name)
             parts = dict(_fingerprints(root, folder.path))
             fingerprint = _digest(*parts.values())
             if known is not None and known.fingerprint == fingerprint:
                 return known
             versions = _find_versions(folder, DEFAULT_FILE)
-            message, remark = _read_message(folder)
+            message, remark = read_message(folder)
             config, versions = _read(folder, message)
             own = {v: _digest(parts.get("", ""), parts.get(str(v), "")) for v in versions}
             return RepositoryModel(name, versions, config, _lack(config, versions), fingerprint, own, remark)
@@ -181,7 +184,7 @@ class ModelRepository:
             return RepositoryModel(name, versions, ModelConfig(), f"cannot be read: {error.strerror}", fingerprint)
 
 
-class _Folder:
+class ModelFolder:
     """A model's folder, as the only way to files in it: each path is held against the repository's root."""
 
     def __init__(self, root: Path, name: str) -> None:
@@ -238,7 +241,7 @@ class _Folder:
         return str(path)
 
 
-def _read_message(folder: _Folder) -> tuple[Any, str]:
+def read_message(folder: ModelFolder) -> tuple[Any, str]:
     text = folder.read_text("config.pbtxt", MAX_CONFIG_BYTES)
     try:
         return triton_config.parse_text(text or "")
@@ -246,7 +249,7 @@ def _read_message(folder: _Folder) -> tuple[Any, str]:
         raise ConfigError(f"config.pbtxt: {error}") from None
 
 
-def _read(folder: _Folder, message: Any) -> tuple[ModelConfig, dict[int, Path]]:
+def _read(folder: ModelFolder, message: Any) -> tuple[ModelConfig, dict[int, Path]]:
     try:
         config = triton_config.to_model_config(message, folder.name, folder.read_labels, folder.find_warmup_file)
     except ConfigError as error:
@@ -260,27 +263,36 @@ def _read(folder: _Folder, message: Any) -> tuple[ModelConfig, dict[int, Path]]:
     return config, _find_versions(folder, message.default_model_filename or DEFAULT_FILE)
 
 
-def _find_versions(folder: _Folder, file_name: str) -> dict[int, Path]:
+def _find_versions(folder: ModelFolder, file_name: str) -> dict[int, Path]:
     found: dict[int, Path] = {}
     with os.scandir(folder.path) as entries:
         names = [entry.name for entry in entries if VERSION_PATTERN.fullmatch(entry.name) and entry.is_dir()]
     for name in sorted(names, key=int):
-        path = _find_model(folder, file_name, name)
+        path = _find_model(folder, file_name, name) or _find_elsewhere(folder, name)
         if path is not None:
             found[int(name)] = path
     if not names:
-        path = _find_model(folder, file_name)
+        path = _find_model(folder, file_name) or _find_elsewhere(folder)
         if path is not None:
             found[1] = path
     return found
 
 
-def _find_model(folder: _Folder, file_name: str, *version: str) -> Path | None:
+def _find_model(folder: ModelFolder, file_name: str, *version: str) -> Path | None:
     where = (*version, file_name)
     if folder.path.joinpath(*where).is_dir():
         # A model with external data may be a folder of the model's name that holds a file of that name.
         where = (*where, file_name)
     return folder.find("/".join(where), *where)
+
+
+def _find_elsewhere(folder: ModelFolder, *version: str) -> Path | None:
+    """What stands for a model in a version that has none of its own."""
+    for file_name in (PIPELINE_FILE, REMOTE_FILE):
+        path = folder.find("/".join((*version, file_name)), *version, file_name)
+        if path is not None:
+            return path
+    return None
 
 
 def _lack(config: ModelConfig, versions: Mapping[int, Path]) -> str | None:

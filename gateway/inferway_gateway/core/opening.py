@@ -1,0 +1,105 @@
+"""How a version of the catalog becomes something that answers: files into place, and the backend of its kind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+from .backend import Artifact, Backend, Session
+from .catalog import Isolation, Kind, VersionRecord
+from .errors import ModelLoadError
+from .execution import Executor
+from .managed import Opened
+from .model_config import ModelConfig
+from .registry import LOADER_THREAD
+from .stats import ModelStats
+
+WORKER_BYTES: Final = 32 * 1024 * 1024
+"""What a worker process takes without a model."""
+
+Place = Callable[[VersionRecord], Awaitable[Path]]
+"""Brings a version's files into its folder and gives the folder; quick where they are there."""
+
+
+class Builder(Protocol):
+    """Makes the executor of a version that is no model in memory here."""
+
+    async def __call__(self, record: VersionRecord, folder: Path, stats: ModelStats, /) -> Executor: ...
+
+
+class VersionOpener:
+    """``Opener`` of ``core/managed.py``; ``async with`` ends its threads.
+
+    Args:
+        place: see ``Place``.
+        describe: reads a version's configuration from its folder; blocks.
+        backends: where models run.
+        builders: kind to what makes its executor, for kinds other than models.
+        threads: loads that go on at once.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        describe: Callable[[VersionRecord, Path], Artifact],
+        backends: Mapping[Isolation, Backend],
+        builders: Mapping[Kind, Builder],
+        *,
+        threads: int = 2,
+    ) -> None:
+        self._place = place
+        self._describe = describe
+        self._backends = backends
+        self._builders = builders
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"{LOADER_THREAD}-deployed")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A load under way cannot be stopped and is not waited for; its thread closes what it opens.
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def estimate(self, record: VersionRecord) -> int:
+        if record.footprint is not None:
+            return record.footprint.peak_bytes
+        if record.kind != "onnx":
+            return 0
+        return sum(file.size for file in record.files) + (WORKER_BYTES if record.isolation == "worker" else 0)
+
+    async def open(self, record: VersionRecord, stats: ModelStats) -> Opened:
+        folder = await self._place(record)
+        builder = self._builders.get(record.kind)
+        if builder is not None:
+            executor = await builder(record, folder, stats)
+            return Opened(ModelConfig(platform=f"inferway_{record.kind}"), executor=executor)
+        backend = self._backends.get(record.isolation)
+        if backend is None or record.kind != "onnx":
+            raise ModelLoadError(
+                f"failed to load '{record.model}' version {record.version}: this gateway serves no {record.kind} "
+                f"version with isolation '{record.isolation}'"
+            )
+        artifact = await asyncio.to_thread(self._describe, record, folder)
+        work = self._threads.submit(backend.open, artifact)
+        try:
+            session = await asyncio.shield(asyncio.wrap_future(work))
+        except asyncio.CancelledError:
+            if not work.cancel():
+                work.add_done_callback(_close_orphan)
+            raise
+        return Opened(artifact.config, session)
+
+    async def close(self, session: Session) -> None:
+        await asyncio.to_thread(session.close)
+
+
+def _close_orphan(work: Future[Session]) -> None:
+    """Close what was opened for somebody who has gone."""
+    if not work.cancelled() and work.exception() is None:
+        work.result().close()
