@@ -29,7 +29,7 @@ from ..core.errors import (
 from ..core.execution import Executor
 from ..core.keys import Principal
 from ..core.registry import Registry
-from ..core.routing import FALLBACK_CODES, Plan, Route, bare_name
+from ..core.routing import FALLBACK_CODES, Plan, Route, Router, bare_name
 from ..core.served import ServedVersion
 from .bodies import Body, accepted_encoding, deflate, inflate, read_body
 from .codec import DecodedRequest, SignatureCodec
@@ -68,17 +68,24 @@ async def infer(
         GatewayError: nothing was sent yet. What the model version counts is counted.
     """
     state = scope["state"]
-    if not principal.sees(bare_name(name)):
+    router: Router = state["router"]
+    if name in router.plans or "@" in name:
+        if not principal.sees(bare_name(name)):
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        route: Route | None = scope.get(_ROUTE)
+        if route is None:
+            route = router.resolve(name, version, principal.key_id, header_fields(scope))
+        if route is not None:
+            return await _infer_by_alias(scope, receive, send, route, started)
+    elif not principal.sees(name):
         raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
-    route: Route | None = scope.get(_ROUTE)
-    if route is None:
-        route = state["router"].resolve(name, version, principal.key_id, header_fields(scope))
-    if route is not None:
-        return await _infer_by_alias(scope, receive, send, route, started)
-    served = await _loaded(scope, name, version, started)
+    served: ServedVersion
     try:
-        body, received = await _arrived(scope, receive)
-        return await _infer(scope, receive, send, served, version, started, started, body, received)
+        served = state["registry"].get(name, version)
+    except ModelNotReadyError:
+        served = await _loaded(scope, name, version, started)
+    try:
+        return await _infer(scope, receive, send, served, version, started, started, None)
     except GatewayError as error:
         served.stats.finished(perf_counter() - started, error.code)
         _name_version(scope, served)
@@ -158,8 +165,8 @@ async def _infer_by_alias(scope: Scope, receive: Receive, send: Send, route: Rou
         try:
             served = await _target(scope, route, version, started)
             if arrived is None:
-                arrived = await _arrived(scope, receive)
-            size = await _infer(scope, receive, send, served, version, started, since, *arrived, route)
+                arrived = await _arrived(scope, receive, header_fields(scope))
+            size = await _infer(scope, receive, send, served, version, started, since, arrived, route)
         except GatewayError as error:
             now = perf_counter()
             if served is not None and not (failure is not None and isinstance(error, MalformedRequestError)):
@@ -221,14 +228,14 @@ async def _loaded(
             ) from None
 
 
-async def _arrived(scope: Scope, receive: Receive) -> tuple[Body, float]:
+async def _arrived(scope: Scope, receive: Receive, headers: Fields) -> tuple[Body, float]:
     """The request's body, decompressed, and when it was here, on ``perf_counter``."""
-    headers = header_fields(scope)
     head = headers.get(b"inference-header-content-length")
-    header_length = None if head is None else _header_length(head)
     declared = headers.get(b"content-length")
     limit = scope["state"]["settings"].body_limit_bytes
-    body = await read_body(receive, None if declared is None else int(declared), limit, header_length or 0)
+    body = await read_body(
+        receive, None if declared is None else int(declared), limit, 0 if head is None else _header_length(head)
+    )
     received = perf_counter()
     encoding = headers.get(b"content-encoding")
     if encoding is not None:
@@ -244,8 +251,7 @@ async def _infer(
     version: int | None,
     started: float,
     since: float,
-    body: Body,
-    received: float,
+    arrived: tuple[Body, float] | None,
     route: Route | None = None,
 ) -> int:
     """Run a request on one version and send the answer.
@@ -253,12 +259,14 @@ async def _infer(
     Args:
         version: as it was asked for.
         started: when the request came; since: when this version's turn came, which is later for a fallback.
+        arrived: the body and when it was here; None reads it.
         route: by which alias it came, where it did.
     """
     headers = header_fields(scope)
     settings = scope["state"]["settings"]
     head = headers.get(b"inference-header-content-length")
     header_length = None if head is None else _header_length(head)
+    body, received = arrived or await _arrived(scope, receive, headers)
     codec: SignatureCodec | None = served.wire
     if codec is None or codec.signature is not served.batcher.signature:  # a remote model may become another one
         codec = served.wire = SignatureCodec(served.name, str(served.version), served.batcher.signature)
@@ -288,7 +296,7 @@ async def _infer(
         successor = await _loaded(scope, served.name, version, started)
         if successor is served:
             raise
-        return await _infer(scope, receive, send, successor, version, started, since, body, received, route)
+        return await _infer(scope, receive, send, successor, version, started, since, (body, received), route)
     ran = perf_counter()
     if codec.encodes_long(request, answer.outputs):
         parts, json_length = await asyncio.to_thread(codec.encode, request, answer.outputs)
