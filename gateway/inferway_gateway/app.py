@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,9 @@ from typing import Final, TypedDict
 from starlette.applications import Starlette
 
 from .backends.onnx import OnnxBackend
+from .backends.onnx.admission import admit
 from .backends.remote import RemoteBackend
+from .core.backend import Artifact
 from .core.budget import MemoryBudget, machine_bytes
 from .core.catalog import VersionRecord
 from .core.deployments import Deployer, Follower, process_id
@@ -205,6 +207,9 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 spec = await asyncio.to_thread(read_pipeline, folder)
                 return await PipelineExecutor.open(name, version, spec, steps, stats)
 
+            async def admit_model(artifact: Artifact) -> None:
+                await asyncio.to_thread(admit, artifact.path)
+
             async def open_remote(record: VersionRecord, folder: Path, stats: ModelStats) -> Executor:
                 return await build_remote(record.model, record.version, folder, stats)
 
@@ -294,7 +299,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             app.begin_drain = registry.begin_drain
             loading = asyncio.create_task(registry.run(), name="inferway-registry")
             stack.push_async_callback(_end, loading)
-            checks = VersionChecks(storage.blobs, storage.versions, None)
+            checks = VersionChecks(storage.blobs, storage.versions, _admit)
             follower = Follower(catalog, managed, router, remove=checks.remove)
             owner = process_id()
             deployer = Deployer(
@@ -344,6 +349,10 @@ def _pipelines(registry: Registry) -> Iterator[tuple[str, int, Mapping[str, Hist
     for served in registry.served():
         if isinstance(served.batcher, PipelineExecutor):
             yield served.name, served.version, served.batcher.step_seconds
+
+
+def _admit(artifact: Artifact, files: Collection[str]) -> None:
+    admit(artifact.path, files=files)
 
 
 async def _check_exposure(settings: Settings, keys: KeyService) -> None:

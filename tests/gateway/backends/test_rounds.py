@@ -49,7 +49,7 @@ print(json.dumps(held))
 def test_a_hundred_rounds_of_loading_and_unloading_end_where_they_began(tmp_path: Path, where: str) -> None:
     """8 MiB of weights, so that one round in forty that kept them would show."""
     (tmp_path / "model.onnx").write_bytes(matmul(2048, 1024))
-    command = [sys.executable, "-c", SCRIPT, where, tmp_path / "model.onnx", str(ROUNDS)]
+    command: list[str | Path] = [sys.executable, "-c", SCRIPT, where, tmp_path / "model.onnx", str(ROUNDS)]
     done = subprocess.run(command, capture_output=True, timeout=300, check=True)
     held = json.loads(done.stdout)
     assert len(held) == ROUNDS + 1
