@@ -207,9 +207,6 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 spec = await asyncio.to_thread(read_pipeline, folder)
                 return await PipelineExecutor.open(name, version, spec, steps, stats)
 
-            async def admit_model(artifact: Artifact) -> None:
-                await asyncio.to_thread(admit, artifact.path)
-
             async def open_remote(record: VersionRecord, folder: Path, stats: ModelStats) -> Executor:
                 return await build_remote(record.model, record.version, folder, stats)
 

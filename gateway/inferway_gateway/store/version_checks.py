@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from ..core.backend import Artifact
 from ..core.catalog import VersionRecord
@@ -17,8 +17,9 @@ from .versions import VersionDirectories
 
 _log = logging.getLogger("inferway.store")
 
-Admit = Callable[[Artifact], Awaitable[None]]
-"""Looks at a model without loading it; raises ``ModelRejectedError``."""
+Admit = Callable[[Artifact, Collection[str]], object]
+"""Looks at a model without loading it, and gets the paths of its version's files. Blocks; raises
+``ModelRejectedError``."""
 
 
 class VersionChecks:
@@ -50,7 +51,7 @@ class VersionChecks:
         if record.kind == "onnx":
             artifact = await asyncio.to_thread(read_artifact, record, folder)
             if self._admit is not None:
-                await self._admit(artifact)
+                await asyncio.to_thread(self._admit, artifact, [file.path for file in record.files])
         elif record.kind == "remote":
             await asyncio.to_thread(read_remote, folder)
         else:
