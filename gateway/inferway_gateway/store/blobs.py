@@ -10,7 +10,7 @@ content, at whatever point the process dies; what it can leave is a file without
 
 Removing goes the other way: the row first, then the file. Every stored file has a name of its own (COPY is random), and
 is removed only by whoever deleted its row, by the upload that made it and came too late, or when it has had no row for
-as long as ``grace_s``. So a content that is collected and uploaded again at the same time, by whatever process, is
+as long as ``orphan_s``. So a content that is collected and uploaded again at the same time, by whatever process, is
 collected once and kept once, and nothing has to lock the one against the other.
 """
 
@@ -71,6 +71,7 @@ class StorageLimits:
         total_bytes, per_key_bytes: all contents; those that one key has uploaded.
         partial_s: how long an upload that was cut off waits to be continued.
         grace_s: how long a content that no version names is kept, for a deployment that is about to begin.
+        orphan_s: how long a file without a row is kept: an upload is about to give it one.
     """
 
     upload_bytes: int = 16 * 1024**3
@@ -78,6 +79,7 @@ class StorageLimits:
     per_key_bytes: int | None = None
     partial_s: float = 24 * 3600.0
     grace_s: float = 3600.0
+    orphan_s: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +432,7 @@ class BlobStore:
             stored = await self._catalog.stored_bytes(whose) + (waiting if whose is not None else 0)
             if stored + size > limit:
                 raise QuotaExceededError(
-                    f"expected at most {limit} bytes of files for this {what}, it has {stored} and this has {size}; "
+                    f"expected at most {limit} bytes of files for this {what}, it has {stored}, this has {size}; "
                     "delete versions that are not needed"
                 )
 
@@ -492,7 +494,9 @@ class BlobStore:
         Raises:
             StoreUnavailableError
         """
-        older = datetime.now(UTC) - timedelta(seconds=self.limits.grace_s if grace_s is None else grace_s)
+        now = datetime.now(UTC)
+        older = now - timedelta(seconds=self.limits.grace_s if grace_s is None else grace_s)
+        lost_before = now - timedelta(seconds=self.limits.orphan_s)
         stored = await self._depot.stored()  # before the rows are read: what comes in between has a row by then
         old = await self._catalog.unreferenced_blobs(older)
         forgotten = await self._catalog.forget_blobs([record.digest for record in old], older) if old else []
@@ -500,7 +504,7 @@ class BlobStore:
             await self._depot.remove(record.digest, record.copy)
         gone = {(record.digest, record.copy) for record in forgotten}
         named = {(record.digest, record.copy) for record in await self._catalog.blobs()} | gone
-        orphans = [one for one in stored if (one.digest, one.copy) not in named and one.modified < older]
+        orphans = [one for one in stored if (one.digest, one.copy) not in named and one.modified < lost_before]
         for orphan in orphans:
             await self._depot.remove(orphan.digest, orphan.copy)
         uploads = await self.sweep_uploads()

@@ -428,23 +428,25 @@ class SqlCatalog(SqlStore):
         def work(connection: sa.Connection) -> BlobRecord:
             _lock(connection)
             there = _blob_or_none(connection, digest)
-            more = 0 if there is not None else size
-            more_of_key = 0 if _is_shown(connection, digest, by) else size
-            for what, limit, stored, added in (
-                ("gateway", limit_bytes, _stored(connection, None), more),
-                ("key", limit_per_key_bytes, _stored(connection, by), more_of_key),
+            shown = _is_shown(connection, digest, by)
+            for what, limit, counted, whose in (
+                ("gateway", limit_bytes, there is not None, None),
+                ("key", limit_per_key_bytes, shown, by),
             ):
-                if added and limit is not None and stored + added > limit:
+                if limit is None or counted:
+                    continue
+                stored = _stored(connection, whose)
+                if stored + size > limit:
                     raise QuotaExceededError(
-                        f"expected at most {limit} bytes of files for this {what}, it has {stored} and this is {added} "
-                        "more; delete versions that are not needed"
+                        f"expected at most {limit} bytes of files for this {what}, it has {stored}, this has {size}; "
+                        "delete versions that are not needed"
                     )
             if there is None:
                 there = BlobRecord(digest=digest, size=size, created_at=now, created_by=by, copy=copy)
                 connection.execute(BLOBS.insert().values(**asdict(there), wanted_at=now))
             else:
                 connection.execute(BLOBS.update().where(BLOBS.c.digest == digest).values(wanted_at=now))
-            if more_of_key:
+            if not shown:
                 connection.execute(BLOB_HOLDERS.insert().values(digest=digest, key_id=by))
             return there
 
