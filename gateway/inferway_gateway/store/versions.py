@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -58,9 +59,10 @@ def check_files(files: Sequence[FileRef]) -> None:
         parts = _folded(path).split("/")
         for depth in range(1, len(parts)):
             folders.setdefault("/".join(parts[:depth]), path)
-        twin = seen.setdefault("/".join(parts), path)
-        if twin is not path:
-            raise InvalidParameterError(f"expected each path once, got {_shown(path)} beside {_shown(twin)}")
+        folded = "/".join(parts)
+        if folded in seen:
+            raise InvalidParameterError(f"expected each path once, got {_shown(path)} beside {_shown(seen[folded])}")
+        seen[folded] = path
     for folded, path in seen.items():
         if folded in folders:
             raise InvalidParameterError(
@@ -193,7 +195,11 @@ def _name(version: int, digest: str) -> str:
 def _is_whole(directory: Path, files: Sequence[FileRef]) -> bool:
     """Whether every file is there with its size. What is in it, the link to the stored content answers for."""
     try:
-        return all((directory / file.path).lstat().st_size == file.size for file in files)
+        found = [(directory / file.path).lstat() for file in files]
+        return stat.S_ISDIR(directory.lstat().st_mode) and all(
+            stat.S_ISREG(status.st_mode) and status.st_size == file.size
+            for status, file in zip(found, files, strict=True)
+        )
     except OSError:
         return False
 
@@ -202,7 +208,7 @@ def _lay_out(target: Path, files: Sequence[FileRef], sources: dict[str, Path]) -
     model = target.parent
     building = _begin(model)
     try:
-        if target.exists():
+        if os.path.lexists(target):
             _remove(target)  # it was found to lack something
         folders = {building}
         for file in files:
@@ -256,6 +262,9 @@ def _remove(directory: Path) -> None:
             directory.rename(doomed)
         except FileNotFoundError:
             return
+    if doomed.is_symlink():
+        doomed.unlink()
+        return
     for folder, _, _ in os.walk(doomed):
         with suppress(OSError):
             Path(folder).chmod(0o700)
