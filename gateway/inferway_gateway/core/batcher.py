@@ -11,6 +11,10 @@ skipped by the answer where it runs, and a run all of whose tickets are dead is 
 A run that fails is cut in two and both halves run again, down to single requests, so that one bad request costs its
 neighbours time and nothing else: of n requests with one bad one at most 2·log2(n) further runs, of n bad ones 2n - 2.
 The same is done with a run that lasted too long, because nobody knows whose fault it was.
+
+Where runs happen in other processes, a run that ends its process is followed by one run for each of its requests, not
+by halves, because each failure costs a process; and these have the model to themselves, so that the one at fault is
+known and those that ran beside it are not blamed. Short runs there need no thread: the loop begins them and is told.
 """
 
 from __future__ import annotations
@@ -28,16 +32,18 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import CostPoint, RunHandle, Session
-from .batching import BatchQueue, Layout, Part, Ticket, pieces
+from .backend import CostPoint, IsolatedSession, RunHandle, Session
+from .batching import BatchQueue, Layout, Lengths, Part, Ticket, pieces
 from .cost import CostModel
 from .errors import (
     DeadlineExceededError,
     GatewayError,
     InternalError,
     ModelExecutionError,
+    ModelFailingError,
     QueueFullError,
     ShuttingDownError,
+    WorkerCrashedError,
 )
 from .model_config import ModelConfig
 from .runners import Job, RunnerPool
@@ -171,7 +177,11 @@ class Batcher:
         self._lock = runners.lock
         self._clock = clock or runners.clock
         self._run_timeout_s = config.run_timeout_s if config.run_timeout_s is not None else run_timeout_s
-        self._instances = config.instances or max(runners.threads // profile.intra_op_threads, 1)
+        self._isolated = session if isinstance(session, IsolatedSession) else None
+        if self._isolated is not None:
+            self._instances = self._isolated.lanes
+        else:
+            self._instances = config.instances or max(runners.threads // profile.intra_op_threads, 1)
         self._batched = signature.batched
         self._order = signature.output_names
         self.batching: Final = signature.batched and (profile.batchable if policy.enabled is None else policy.enabled)
@@ -201,6 +211,10 @@ class Batcher:
 
         self._waiters: set[_Waiter] = set()
         self._again: deque[list[Part]] = deque()
+        self._suspects: deque[Part] = deque()
+        """Parts of runs that ended their process; each is tried once more, with nothing beside it."""
+        self._answer_row_bytes = 0
+        """Of the outputs of one row, lately: the loop copies small answers only."""
         self._jobs: set[BatchRun] = set()
         self._expiries: list[tuple[float, int, _Waiter]] = []
         self._serial = 0
@@ -286,6 +300,8 @@ class Batcher:
         """
         if self._draining:
             raise ShuttingDownError("the model version is being taken out of service")
+        if self._isolated is not None and (refused := self._isolated.refusal()) is not None:
+            raise refused
         if request.deadline is not None and self._clock() >= request.deadline:
             raise DeadlineExceededError("the deadline had passed before the request was queued")
         rows = request.rows
@@ -318,6 +334,7 @@ class Batcher:
         with self._lock:
             self._queue.hurry = True
             self._runners.offer(self)
+        self._runners.launch()
         self.refresh()
         try:
             async with asyncio.timeout(timeout_s):
@@ -348,6 +365,8 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._isolated is not None:
+            self._isolated.watch(None)
         return not self._jobs
 
     def _admit(self, request: InferenceRequest, counted_rows: int, future: asyncio.Future[Answer]) -> _Waiter:
@@ -395,12 +414,26 @@ class Batcher:
         self._gauge()
         if expires < self._timer_at or self._unwatched(now):
             self._arm(now)
+        self._runners.launch()
         return waiter
 
     def _gathered(self) -> None:
         self._gathering = False
         with self._lock:
             self._runners.offer(self)
+        self._runners.launch()
+        self.refresh()
+
+    def _capacity_changed(self) -> None:
+        """The session's processes came or went, or it is to be left alone for a while."""
+        assert self._isolated is not None
+        refused = self._isolated.refusal()
+        if refused is not None:
+            for waiter in list(self._waiters):
+                self._settle(waiter, refused)
+        with self._lock:
+            self._runners.offer(self)
+        self._runners.launch()
         self.refresh()
 
     def _no_rows(self, request: InferenceRequest) -> Answer | InferenceRequest:
@@ -554,6 +587,7 @@ class Batcher:
                     job.handle.terminate()
             if self._queue.requests:
                 self._runners.offer(self)
+        self._runners.launch()
         self.refresh()
 
     def _expire(self, waiter: _Waiter, future: asyncio.Future[Answer], now: float) -> None:
@@ -587,7 +621,21 @@ class Batcher:
 
     def take(self, now: float) -> Job | None:
         """The next batch, unless as many runs as there are instances go on. Lock held, any thread."""
-        if len(self._jobs) >= self._instances:
+        running = len(self._jobs)
+        if self._isolated is not None:
+            if running >= min(self._instances, self._isolated.capacity):
+                return None
+            if self._suspects or running:
+                if any(job.alone for job in self._jobs):
+                    return None
+                suspect = self._next_suspect()
+                if suspect is not None:
+                    # Whoever waits for the runs that go on hears of their end: then this is asked again.
+                    if running:
+                        self._suspects.appendleft(suspect)
+                        return None
+                    return self._job([suspect], now, alone=True)
+        elif running >= self._instances:
             return None
         parts: list[Part] | None = None
         while self._again and not parts:
@@ -596,7 +644,21 @@ class Batcher:
             parts = self._queue.take(now)
         if not parts:
             return None
-        job = BatchRun(self, parts, now + self._run_timeout_s)
+        return self._job(parts, now)
+
+    def _next_suspect(self) -> Part | None:
+        while self._suspects:
+            part = self._suspects.popleft()
+            if part.ticket.live:
+                return part
+        return None
+
+    def _job(self, parts: list[Part], now: float, *, alone: bool = False) -> BatchRun:
+        job = BatchRun(self, parts, now + self._run_timeout_s, alone=alone)
+        if self._isolated is not None:
+            bound = self._isolated.begin_max_bytes
+            rows = sum(part.rows for part in parts)
+            job.direct = sum(part.nbytes for part in parts) <= bound and rows * self._answer_row_bytes <= bound
         self._jobs.add(job)
         return job
 
@@ -608,14 +670,40 @@ class Batcher:
             if job.physical_rows:
                 wall_s = job.assemble_s + job.run_s + job.split_s
                 self.costs.learn(job.elements, job.physical_rows, wall_s, job.work_s)
-        elif len(job.parts) > 1:
+        elif self._isolated is not None and self._try_apart(job, self._isolated):
+            job.again = True
+            return True
+        elif self._isolated is None and len(job.parts) > 1:
             middle = (len(job.parts) + 1) // 2
             self._again.append(job.parts[:middle])
             self._again.append(job.parts[middle:])
+            job.again = True
             return True
         for part in job.parts:
             part.inputs = {}  # the queue may still hold the part as a husk
-        return bool(self._again or self._queue.requests)
+        return bool(self._again or self._suspects or self._queue.requests)
+
+    def _try_apart(self, job: BatchRun, session: IsolatedSession) -> bool:
+        """Whether the requests of a run that failed in another process are tried again. Lock held."""
+        error = job.error
+        if isinstance(error, WorkerCrashedError):
+            if job.alone:
+                session.convict()
+                job.error = WorkerCrashedError(
+                    "the model's process died of this request, twice, the second time with nothing beside it"
+                )
+                return False
+            self._suspects.extend(job.parts)
+            return True
+        if isinstance(error, ModelFailingError) or len(job.parts) == 1:
+            return False
+        if isinstance(error, DeadlineExceededError):
+            self._suspects.extend(job.parts)  # one more that does not end may cost the process
+            return True
+        middle = (len(job.parts) + 1) // 2
+        self._again.append(job.parts[:middle])
+        self._again.append(job.parts[middle:])
+        return True
 
     def refresh(self) -> None:
         """Bring the gauges and the timer up to date with what the runners did. On the event loop."""
@@ -641,45 +729,95 @@ class Batcher:
 
     def execute(self, job: BatchRun) -> None:
         """Stack, run and split one batch, on a runner thread."""
+        used = time.thread_time()
+        stacked = self._stack(job)
+        if stacked is None:
+            return
+        inputs, names = stacked
+        started = time.perf_counter()
+        outcome: list[NDArray[Any]] | GatewayError
+        try:
+            outcome = self._run(inputs, names, job.handle)
+        except GatewayError as error:
+            outcome = error
+        except Exception as error:
+            outcome = _failure(error)
+        job.run_s = time.perf_counter() - started
+        self._take_apart(job, names, outcome)
+        # What another process works cannot be seen from here: it counts as working for as long as it takes.
+        wall_s = job.assemble_s + job.run_s + job.split_s
+        job.work_s = time.thread_time() - used if self._isolated is None else wall_s
+
+    def begin(self, job: BatchRun) -> bool:
+        """Stack one batch and have another process run it, on the event loop; False: a thread has to."""
+        assert self._isolated is not None
+        stacked = self._stack(job)
+        if stacked is None:
+            self._runners.ended(job)
+            return True
+        inputs, names = stacked
+        started = time.perf_counter()
+
+        def done(outcome: list[NDArray[Any]] | GatewayError) -> None:
+            job.run_s = time.perf_counter() - started
+            self._take_apart(job, names, outcome)
+            job.work_s = job.assemble_s + job.run_s + job.split_s
+            self._runners.ended(job)
+
+        try:
+            return self._isolated.begin(inputs, names, job.handle, done)
+        except Exception as error:
+            done(_failure(error))
+            return True
+
+    def _stack(self, job: BatchRun) -> tuple[Arrays, tuple[str, ...]] | None:
+        """Inputs of the run and the outputs to ask for; None: nobody waits any more, or it failed."""
         parts = job.parts = [part for part in job.parts if part.ticket.live]
         if not parts:
-            return
+            return None
         for part in parts:
             part.ticket.begun = True
         job.begun = self._clock()
         start = time.perf_counter()
-        used = time.thread_time()
         try:
-            target = self._layout.target(parts)
-            inputs, rows = self._layout.stack(parts, target)
+            job.target = self._layout.target(parts)
+            inputs, job.stacked_rows = self._layout.stack(parts, job.target)
             names = self._union(parts)
-            job.elements = self._layout.row_elements(parts[0], target)
+            job.elements = self._layout.row_elements(parts[0], job.target)
             job.rows = sum(part.rows for part in parts)
-            stacked = time.perf_counter()
-            job.assemble_s = stacked - start
-            try:
-                outputs = self._run(inputs, names, job.handle)
-            except GatewayError:
-                raise
-            except Exception as error:
-                raise _failure(error) from error
-            finally:
-                ran = time.perf_counter()
-                job.run_s = ran - stacked
+        except GatewayError as error:
+            job.error = error
+            return None
+        except Exception:
+            _log.exception("a batch could not be assembled")
+            job.error = InternalError("the gateway failed to put the request's batch together")
+            return None
+        job.assemble_s = time.perf_counter() - start
+        return inputs, names
+
+    def _take_apart(self, job: BatchRun, names: tuple[str, ...], outcome: list[NDArray[Any]] | GatewayError) -> None:
+        """Give each part its rows of the outputs."""
+        if isinstance(outcome, GatewayError):
+            job.error = outcome
+            return
+        start = time.perf_counter()
+        parts = job.parts
+        try:
             if self._batched:
-                self._require_rows(outputs, names, rows)
-            job.results = self._layout.split(outputs, names, parts, target)
+                self._require_rows(outcome, names, job.stacked_rows)
+            if self._isolated is not None:
+                self._answer_row_bytes = sum(array.nbytes for array in outcome) // max(job.stacked_rows, 1)
+            job.results = self._layout.split(outcome, names, parts, job.target)
             for part, own in zip(parts, job.results, strict=True):
                 assert isinstance(part.ticket, _Waiter)
                 if part.rows != part.ticket.rows:
                     self._merge(part, part.ticket, own)
-            job.split_s = time.perf_counter() - ran
-            job.work_s = time.thread_time() - used
-            job.physical_rows = rows
+            job.split_s = time.perf_counter() - start
+            job.physical_rows = job.stacked_rows
         except GatewayError as error:
             job.error = error
         except Exception:
-            _log.exception("a batch could not be assembled or taken apart")
+            _log.exception("a batch could not be taken apart")
             job.error = InternalError("the gateway failed to put the request's batch together")
 
     def _union(self, parts: list[Part]) -> tuple[str, ...]:
@@ -722,7 +860,7 @@ class Batcher:
             if waiter.queue_s < 0:
                 waiter.queue_s = max(job.begun - part.queued_at, 0.0)
             if job.error is not None:
-                if len(job.parts) == 1:
+                if not job.again:
                     self._settle(waiter, self._explained(job, job.error))
                 continue
             own = job.results[number]
@@ -769,6 +907,16 @@ class BatchRun:
     """For how much of all that the runner's thread had the processor."""
     results: list[list[NDArray[Any]]] = field(default_factory=list)
     error: GatewayError | None = None
+    direct: bool = False
+    alone: bool = False
+    """It is a second try, after its first run ended its process, with nothing beside it."""
+    again: bool = False
+    """Its parts are run again, so nobody is answered yet."""
+    target: Lengths = ()
+    stacked_rows: int = 0
+
+    def begin(self) -> bool:
+        return self.source.begin(self)
 
     def execute(self) -> None:
         self.source.execute(self)

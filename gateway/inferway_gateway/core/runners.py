@@ -44,6 +44,16 @@ class Job(Protocol):
     @property
     def source(self) -> Source: ...
 
+    @property
+    def direct(self) -> bool:
+        """Whether the event loop may begin it itself, because another process runs it."""
+        ...
+
+    def begin(self) -> bool:
+        """Begin a direct job, on the event loop; ``RunnerPool.ended`` is to be called when it is over. False: it has to
+        be executed on a thread after all."""
+        ...
+
     def execute(self) -> None:
         """Run, on a runner thread. Keeps its outcome, does not raise."""
 
@@ -102,6 +112,8 @@ class RunnerPool:
         self._used: WeakKeyDictionary[Source, float] = WeakKeyDictionary()
         """Seconds of thread time of each source, those it sat out before it became ready included."""
         self._running: dict[Job, float] = {}
+        self._direct: list[Job] = []
+        """Jobs for the loop to begin as soon as nobody holds the lock."""
         self._ended: list[Job] = []
         self._begun: set[Source] = set()
         self._failed: list[tuple[Source, Exception]] = []
@@ -151,7 +163,7 @@ class RunnerPool:
     def offer(self, source: Source, *, later: bool = False) -> None:
         """``source`` may have a job. Begins what can begin, unless ``later``. On the event loop, lock held.
 
-        Whoever calls this brings ``source`` up to date itself, after it has let go of the lock.
+        Whoever calls this calls ``launch`` and brings ``source`` up to date itself, after it has let go of the lock.
         """
         if self._closed:
             return
@@ -185,7 +197,34 @@ class RunnerPool:
             self._told = True
             self._tell(self._collect)
 
+    def launch(self) -> None:
+        """Begin the direct jobs that ``offer`` found. On the event loop, lock not held."""
+        while self._direct:
+            job = self._direct.pop()
+            if not job.begin():
+                with self.lock:
+                    self._to_thread(job)
+
+    def ended(self, job: Job) -> None:
+        """A direct job that was begun is over. On the event loop, lock not held."""
+        with self.lock:
+            following = self._complete(job, self.clock())
+            if following is not None:
+                self._hand_over(following)
+        self._collect()
+
+    def call(self, callback: Callable[[], None]) -> None:
+        """Have something called on the event loop, from any thread."""
+        self._tell(callback)
+
     def _hand_over(self, job: Job) -> None:
+        """Leave the job to the loop, where that can begin it, and else to a thread. On the event loop, lock held."""
+        if job.direct:
+            self._direct.append(job)
+        else:
+            self._to_thread(job)
+
+    def _to_thread(self, job: Job) -> None:
         """Let an idle thread, or a new one, execute the job. On the event loop, lock held."""
         if self._idle:
             self._idle -= 1
@@ -215,6 +254,7 @@ class RunnerPool:
             source.fail(error)
         for source in sources:
             source.refresh()
+        self.launch()
 
     def _arm(self, now: float) -> None:
         """Look again when the oldest run that is not slow yet becomes slow. On the event loop, lock held."""

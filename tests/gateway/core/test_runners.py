@@ -25,9 +25,13 @@ class Task:
 
     def __init__(self, source: Tasks, work: Callable[[], None]) -> None:
         self.source: Source = source
+        self.direct = False
         self._work = work
         self.thread = ""
         self.finished = asyncio.Event()
+
+    def begin(self) -> bool:
+        return False
 
     def execute(self) -> None:
         self.thread = threading.current_thread().name

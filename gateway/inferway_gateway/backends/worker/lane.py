@@ -132,8 +132,8 @@ class Lane:
         Raises:
             GatewayError: it could not be begun; ``done`` is not called.
         """
-        if self._loop is None:
-            loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
             loop.add_reader(self._socket.fileno(), self._readable)
             self._loop = loop
         self._pending = outputs, handle, done
