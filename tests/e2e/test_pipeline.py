@@ -186,3 +186,46 @@ def test_a_pipeline_waits_for_a_model_that_comes_later(tmp_path: Path) -> None:
         gateway.wait_until_ready()
         with Inferway(gateway.url, api_key=gateway.make_key("infer")) as client:
             assert client.infer("a-pipeline", {"x": np.zeros((1, 16), np.float32)})["y"][0, 0] == 2
+
+
+def deploy_folder(tmp_path: Path, **files: str) -> Path:
+    folder = tmp_path / "package"
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder
+
+
+def test_a_pipeline_is_deployed_over_models_that_were_deployed(live: LiveGateway, tmp_path: Path) -> None:
+    text = TWICE.replace('"add_one"', '"d-first@stable"').replace('"add_one/versions/1"', '"d-second"')
+    with Inferway(live.url, api_key=live.make_key("deploy", "infer", "read", models=["d-*"])) as client:
+        client.models.deploy(models.add_one(), name="d-first")
+        client.models.deploy(models.add_one(increment=10.0), name="d-second")
+        client.models.deploy(deploy_folder(tmp_path, pipeline=text), name="d-pipeline")
+        x = np.zeros((1, 16), np.float32)
+        assert client.infer("d-pipeline", {"x": x})["y"][0, 0] == 11
+        client.models.deploy(models.add_one(increment=100.0), name="d-second")
+        assert client.infer("d-pipeline", {"x": x})["y"][0, 0] == 101
+        client.models.delete("d-second")
+        with pytest.raises(inferway.ModelNotReadyError, match="step 'two' needs d-second: there is none such"):
+            client.with_options(retry=RetryPolicy(attempts=1)).infer("d-pipeline", {"x": x})
+        status, answer, _ = live.call("GET", "/v2/models/d-pipeline/ready")
+        assert status == 503, answer
+
+
+def test_a_pipeline_over_a_model_that_its_deployer_does_not_see_is_refused(live: LiveGateway, tmp_path: Path) -> None:
+    key = live.make_key("deploy", "infer", "read", models=["e-*"])
+    with (
+        Inferway(live.url, api_key=key) as client,
+        pytest.raises(inferway.ModelRejectedError, match="step 'one' needs add_one: there is none such"),
+    ):
+        client.models.deploy(deploy_folder(tmp_path, pipeline=TWICE), name="e-pipeline")
+
+
+def test_a_deployed_pipeline_that_does_not_fit_fails_with_its_place(live: LiveGateway, tmp_path: Path) -> None:
+    text = TWICE.replace('"add_one/versions/1"', '"simple"')
+    with (
+        Inferway(live.url, api_key=live.admin_key) as client,
+        pytest.raises(inferway.DeploymentFailedError, match="step 'two', input 'x': simple has no such input"),
+    ):
+        client.models.deploy(deploy_folder(tmp_path, pipeline=text), name="f-pipeline")

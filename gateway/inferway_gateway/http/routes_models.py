@@ -6,6 +6,7 @@ the route itself sees to that; lists are filtered here, and a deployment of a fo
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -40,6 +41,7 @@ from ..core.errors import (
     DeploymentNotFoundError,
     InvalidParameterError,
     ModelNotFoundError,
+    ModelRejectedError,
     PermissionDeniedError,
     StoreUnavailableError,
 )
@@ -47,8 +49,11 @@ from ..core.keys import Principal
 from ..core.managed import ManagedVersions
 from ..core.registry import Registry
 from ..settings import Settings
+from ..store.blobs import BlobStore
 from ..store.catalog import SqlCatalog
+from ..store.elsewhere import PIPELINE_FILE, parse_pipeline
 from ..store.repository import NAME_PATTERN
+from ..store.triton_config import MAX_CONFIG_BYTES, ConfigError
 from ..store.version_config import check_options, kind_of
 from ..store.versions import check_files
 from . import key_bodies
@@ -146,10 +151,17 @@ async def create_version(request: Request) -> Response:
     )
     isolation = _isolation(_settings(request), body.isolation)
     await _check_blobs(request, files)
+    if spec.kind == "pipeline":
+        await _check_steps(request, files)
     record = await _deployer(request).submit(spec, isolation=isolation, by=caller(request))
     answer = _json(_deployment(record), 202)
     answer.headers["location"] = f"/api/v1/deployments/{record.id}"
     return answer
+
+
+def _blobs(request: Request) -> BlobStore:
+    blobs: BlobStore = request.scope["state"]["blobs"]
+    return blobs
 
 
 def _isolation(settings: Settings, wanted: Isolation | None) -> Isolation:
@@ -185,6 +197,26 @@ async def _check_blobs(request: Request, files: Iterable[FileRef]) -> None:
                 f"expected the content of '{file.path}' to be uploaded before: there is no blob {file.digest} that "
                 f"this key may use; send it with PUT /api/v1/blobs/{file.digest}"
             )
+
+
+async def _check_steps(request: Request, files: Iterable[FileRef]) -> None:
+    """See that the key may use the models of a pipeline's steps: what answers a pipeline is not asked again.
+
+    Raises:
+        ModelRejectedError: the pipeline cannot be read, or has a step of a model that the key does not see, in the same
+            words as for one that does not exist.
+    """
+    (digest,) = [file.digest for file in files if file.path == PIPELINE_FILE]
+    path = await _blobs(request).open_local(digest)
+    try:
+        with await asyncio.to_thread(path.open, "rb") as stream:
+            text = (await asyncio.to_thread(stream.read, MAX_CONFIG_BYTES)).decode()
+        pipeline = parse_pipeline(text)
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ModelRejectedError(f"{PIPELINE_FILE}: {error}") from None
+    for step in pipeline.steps:
+        if not _principal(request).sees(step.target.model):
+            raise ModelRejectedError(f"step '{step.name}' needs {step.target}: there is none such")
 
 
 async def list_deployments(request: Request) -> Response:
