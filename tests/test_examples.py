@@ -117,6 +117,21 @@ def test_a_key_for_a_team_does_what_it_may_and_nothing_else(environment: dict[st
     assert "revoked: 401, unauthenticated" in printed
 
 
+def test_a_canary_grows_and_a_bad_one_is_taken_back() -> None:
+    printed = run("canary.py")
+    assert "Each sees the same version again: True" in printed
+    few = re.search(r"version 1 answers [\d.]+%, version 2 answers ([\d.]+)%", printed)
+    assert few is not None
+    assert 3 < float(few[1]) < 8
+    assert "Who had version 2 still has it: True" in printed
+    failed = re.search(r"Version 3 failed (\d+) of its \d+ requests; version 2 answered (\d+) of these", printed)
+    assert failed is not None
+    assert failed[1] == failed[2]
+    assert re.search(r"auto_rolled_back +by gateway", printed)
+    assert re.search(r"version 3 failed \d+ of \d+ requests, version 2 0 of \d+", " ".join(printed.split()))
+    assert all(len(line) <= 100 for line in printed.splitlines())
+
+
 def test_serve_ends_in_order_on_an_interrupt() -> None:
     process = subprocess.Popen(
         [sys.executable, str(EXAMPLES / "demo.py"), "--serve"],
