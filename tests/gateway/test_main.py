@@ -44,6 +44,10 @@ def test_a_state_directory_that_a_url_cannot_hold_is_refused(
     assert words == "inferway: --state-dir: expected a directory without '?' in its path\n"
 
 
+def test_a_missing_directory_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected" in refused(capsys, str(tmp_path / "none"))
+
+
 @pytest.mark.parametrize("command", ["serve", "keys"])
 def test_a_database_that_cannot_be_used_is_told_in_its_own_words(tmp_path: Path, command: str) -> None:
     state = tmp_path / "state"
