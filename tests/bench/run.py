@@ -13,6 +13,7 @@ import argparse
 import sys
 
 import bench_batching
+import bench_fronts
 import bench_http
 import bench_sdk
 import bench_tensors
@@ -25,6 +26,7 @@ BENCHMARKS = {
     "tensors": bench_tensors.run,
     "sdk": bench_sdk.run,
     "batching": bench_batching.run,
+    "fronts": bench_fronts.run,
 }
 
 
