@@ -44,6 +44,7 @@ def front(gateway: LiveGateway, tmp_path_factory: pytest.TempPathFactory) -> Ite
     secret.write_text(gateway.make_key("infer", "read", models=["simple", "all_types", "strings", "picky", "slow"]))
     secret.chmod(0o600)
     upstreams = write_upstream(root / "upstreams.toml", "other", [gateway.url], 'secret = { file = "secret" }')
+    write_upstream(upstreams, "limited", [gateway.url], 'models = ["simple", "all_*"]')
     repository = write_repository(root / "models", {})
     for name in ("simple", "all_types", "strings", "picky", "slow"):
         write_remote(repository, f"far-{name}", f'upstream = "other"\nmodel = "{name}"\n')
@@ -108,6 +109,42 @@ def test_a_failure_of_the_model_is_told_and_not_tried_again(client: Inferway, ga
     assert caught.value.status_code == 502
     assert caught.value.code == "upstream_failed"
     assert executions() == before + 1
+
+
+def remote_package(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "remote.toml").write_text(text)
+    return folder
+
+
+def test_a_remote_model_is_deployed_like_any_other(front: LiveGateway, tmp_path: Path) -> None:
+    package = remote_package(tmp_path / "package", 'upstream = "other"\nmodel = "simple"\n')
+    with Inferway(front.url, api_key=front.admin_key) as client:
+        client.models.deploy(package, name="deployed")
+        ones = np.ones((1, 16), np.int32)
+        assert client.infer("deployed@stable", {"INPUT0": ones, "INPUT1": ones})["OUTPUT0"][0, 0] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('upstream = "nowhere"\nmodel = "simple"\n', "expected an upstream that the gateway's operator has defined"),
+        ('upstream = "limited"\nmodel = "matmul"\n', "upstream 'limited' may not be used for its model 'matmul'"),
+        ('upstream = "other"\nmodel = "no-such"\n', "upstream 'other' does not have the model"),
+        ('upstream = "other"\nmodel = "simple"\noperation = "chat"\n', "speaks oip, operation 'chat' is not of it"),
+        ('upstream = "other"\nmodel = "simple"\nurl = "http://169.254.169.254"\n', "url is not known"),
+    ],
+    ids=["unknown-upstream", "model-not-allowed", "no-such-model", "other-protocol", "an-address"],
+)
+def test_what_the_operator_does_not_allow_is_not_deployed(
+    front: LiveGateway, tmp_path: Path, text: str, words: str
+) -> None:
+    package = remote_package(tmp_path / "package", text)
+    with (
+        Inferway(front.url, api_key=front.admin_key) as client,
+        pytest.raises(inferway.InferwayError, match=words),
+    ):
+        client.models.deploy(package, name="refused")
 
 
 def test_metrics_tell_of_the_upstream(front: LiveGateway, client: Inferway) -> None:
