@@ -180,6 +180,7 @@ def running(
     *,
     fast: Callable[[Any], bool] | None = None,
     at_once: Callable[[Any, Any], Any] | None = None,
+    streamed: Callable[[Any], int | None] | None = None,
     uvloop_loop: bool = True,
 ) -> Iterator[RunningEdge]:
     """Serve ``app`` until the block ends."""
@@ -207,6 +208,7 @@ def running(
             stats=stats,
             fast=fast,
             at_once=at_once,
+            streamed=streamed,
             ready=started,
         )
         await server.run_until_stopped()

@@ -404,8 +404,9 @@ class StreamedExchange(Exchange):
 
     @property
     def full(self) -> bool:
-        """Whether nothing more is to be read for now."""
-        return not self.wanted and (not self.asked or len(self.parts or self.body) >= STREAM_AHEAD_BYTES)
+        """Whether nothing more is to be read for now. Also while the application waits: it is told only after all that
+        the loop has at hand was read, which may be megabytes."""
+        return not self.asked or len(self.parts or self.body) >= STREAM_AHEAD_BYTES
 
     async def receive(self) -> ASGIReceiveEvent:
         connection = self.connection
