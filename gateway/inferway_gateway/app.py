@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Final, TypedDict
@@ -13,7 +15,7 @@ from typing import Final, TypedDict
 from starlette.applications import Starlette
 
 from .backends.onnx import OnnxBackend
-from .backends.onnx.admission import admit
+from .backends.onnx.admission import EXTENSIONS_DOMAINS, admit
 from .backends.remote import RemoteBackend
 from .core.backend import Artifact
 from .core.budget import MemoryBudget, machine_bytes
@@ -219,7 +221,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             remote = await stack.enter_async_context(RemoteBackend(upstreams))
             opener = VersionOpener(
                 place,
-                read_artifact,
+                partial(_describe, settings.extensions_models),
                 {"inprocess": backend, "worker": backend},
                 {"remote": open_remote, "pipeline": open_pipeline},
                 threads=settings.parallel_deployments,
@@ -296,7 +298,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             app.begin_drain = registry.begin_drain
             loading = asyncio.create_task(registry.run(), name="inferway-registry")
             stack.push_async_callback(_end, loading)
-            checks = VersionChecks(storage.blobs, storage.versions, _admit)
+            checks = VersionChecks(storage.blobs, storage.versions, partial(_admit, settings.extensions_models))
             follower = Follower(catalog, managed, router, remove=checks.remove)
             owner = process_id()
             deployer = Deployer(
@@ -348,8 +350,20 @@ def _pipelines(registry: Registry) -> Iterator[tuple[str, int, Mapping[str, Hist
             yield served.name, served.version, served.batcher.step_seconds
 
 
-def _admit(artifact: Artifact, files: Collection[str]) -> None:
-    admit(artifact.path, files=files)
+def _admit(extensions_models: Collection[str], artifact: Artifact, files: Collection[str]) -> None:
+    domains = EXTENSIONS_DOMAINS if _matches(artifact.name, extensions_models) else ()
+    admit(artifact.path, allowed_domains=domains, files=files)
+
+
+def _describe(extensions_models: Collection[str], record: VersionRecord, folder: Path) -> Artifact:
+    """The version's model; whether it may use other operators is not for its own configuration to say."""
+    artifact = read_artifact(record, folder)
+    session = replace(artifact.config.session, extensions=_matches(record.model, extensions_models))
+    return replace(artifact, config=replace(artifact.config, session=session))
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 async def _check_exposure(settings: Settings, keys: KeyService) -> None:

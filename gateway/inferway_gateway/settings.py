@@ -94,6 +94,10 @@ class Settings(BaseSettings):
     parallel_deployments: PositiveInt = 2
     """Deployments that go on at once, of different models. Those of one model go one after the other."""
 
+    extensions_models: Annotated[tuple[str, ...], NoDecode] = ()
+    """Patterns (``ocr-*``) of names of deployed models that may use the operators of onnxruntime-extensions, which are
+    native code of the package that is installed beside the gateway."""
+
     providers: Annotated[tuple[str, ...], NoDecode] = ("CPUExecutionProvider",)
     """ONNX Runtime execution providers in order of preference."""
     cpus: PositiveInt | None = None
@@ -150,7 +154,7 @@ class Settings(BaseSettings):
     access_log: bool = False
     """Write a record for each request. The metrics count them all anyway, at a small part of its cost."""
 
-    @field_validator("load_models", "providers", mode="before")
+    @field_validator("load_models", "extensions_models", "providers", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

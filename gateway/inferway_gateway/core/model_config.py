@@ -106,6 +106,7 @@ class SessionOptions:
         intra_op_threads: threads inside one run.
         disabled_optimizers: graph optimisers to leave out.
         trial: try several options on the warm-up input at load and keep the fastest.
+        extensions: the model may use the operators of onnxruntime-extensions, which are native code of another package.
     """
 
     providers: tuple[str, ...] = ()
@@ -113,6 +114,7 @@ class SessionOptions:
     disabled_optimizers: tuple[str, ...] | None = None
     trial: bool = True
     inline: bool | None = None
+    extensions: bool = False
 
 
 @dataclass(frozen=True, slots=True)

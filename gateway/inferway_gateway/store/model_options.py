@@ -79,6 +79,8 @@ class SessionOptionsTable(_Strict):
         trial: false opens the session as said here, without trying alternatives and without timing runs; whether rows
             may share a run is found out all the same.
         inline: true or false decides whether runs happen on the event loop, in place of the measurement.
+        extensions: true lets the model use operators of onnxruntime-extensions. For deployed models the gateway's
+            setting ``extensions_models`` decides, whatever is said here.
     """
 
     providers: Annotated[tuple[ProviderName, ...] | None, Field(strict=False)] = None
@@ -86,6 +88,7 @@ class SessionOptionsTable(_Strict):
     disabled_optimizers: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
     trial: bool | None = None
     inline: bool | None = None
+    extensions: bool | None = None
 
 
 class ModelOptions(_Strict):
@@ -169,7 +172,9 @@ def apply_options(config: ModelConfig, options: ModelOptions) -> ModelConfig:
         ),
         session=replace(
             config.session,
-            **_said(options.session, "providers", "intra_op_threads", "disabled_optimizers", "trial", "inline"),
+            **_said(
+                options.session, "providers", "intra_op_threads", "disabled_optimizers", "trial", "inline", "extensions"
+            ),
         ),
     )
 

@@ -22,7 +22,7 @@ import onnxruntime as ort
 from ...core.backend import Artifact, CostPoint, Profile, RowExactness, TrialRow
 from ...core.errors import DeadlineExceededError, GatewayError, ModelLoadError
 from ...core.tensors import Arrays
-from . import memory
+from . import extensions, memory
 from .graph import DYNAMIC_QUANTISATION, GraphFacts, read_graph
 from .measure import (
     MAX_COST_ROWS,
@@ -370,11 +370,14 @@ class _Loader:
             ModelLoadError: the runtime refuses the file, or the configuration contradicts the graph.
         """
         name = self.artifact.name
+        options = _session_options(choice, name)
+        if self.artifact.config.session.extensions:
+            extensions.register(options)
         started = time.perf_counter()
         try:
             session = ort.InferenceSession(
                 str(self.artifact.path),
-                _session_options(choice, name),
+                options,
                 providers=self._providers,
                 disabled_optimizers=list(choice.disabled_optimizers),
                 enable_fallback=0,

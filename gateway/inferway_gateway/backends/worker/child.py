@@ -26,6 +26,7 @@ from ...core.backend import Artifact, RunHandle
 from ...core.errors import DeadlineExceededError, GatewayError, ModelExecutionError, ModelLoadError
 from ...core.model_config import ModelConfig, WarmupInput
 from ...core.tensors import DTYPES
+from ..onnx import extensions
 from ..onnx.backend import OnnxBackend, prepare_process
 from ..onnx.session import Choice, OnnxSession
 from . import messages
@@ -110,6 +111,8 @@ class Worker:
     def _open(self, order: Order, fds: list[int]) -> Report:
         layers: tuple[str, ...] = ()
         missing: dict[str, str] = {}
+        if order.config.session.extensions:
+            extensions.load()
         limits = Limits(order.address_space_bytes, order.cpu_s, open_files=_OPEN_FILES)
         if order.confine:
             held = confine(fds, limits, keep=[self._control.fileno(), *fds])
