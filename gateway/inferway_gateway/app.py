@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -14,12 +14,15 @@ from typing import Final, TypedDict
 
 from starlette.applications import Starlette
 
+from .backends.isolation import ChosenIsolation
 from .backends.onnx import OnnxBackend
 from .backends.onnx.admission import EXTENSIONS_DOMAINS, admit
 from .backends.remote import RemoteBackend
+from .backends.worker import BackendOptions, SessionLimits, WorkerBackend, WorkerLimits, WorkerSession
+from .backends.worker.sandbox import capabilities
 from .core.backend import Artifact
 from .core.budget import MemoryBudget, machine_bytes
-from .core.catalog import VersionRecord
+from .core.catalog import EventKind, VersionRecord
 from .core.deployments import Deployer, Follower, process_id
 from .core.errors import GatewayError, StoreUnavailableError
 from .core.execution import Executor
@@ -44,6 +47,7 @@ from .http.elsewhere_metrics import Elsewhere
 from .http.logs import access_log
 from .http.metrics import Metrics
 from .http.routing import ApiRoute, refuse_foreign_pages
+from .http.worker_metrics import WorkerMetrics
 from .settings import Settings, environment_variable
 from .store.blobs import BlobStore, StorageLimits
 from .store.catalog import SqlCatalog, open_catalog
@@ -66,6 +70,14 @@ DEPLOY: Final = frozenset({"deploy"})
 ADMIN: Final = frozenset({"admin"})
 MEMORY_SHARE: Final = 0.8
 """Of the machine's memory: what deployed models may hold where the settings say nothing."""
+
+
+_EVENTS_WAITING: Final = 1024
+_WORKER_EVENTS: Final[dict[str, EventKind]] = {
+    "worker_crashed": "worker_crashed",
+    "breaker_opened": "breaker_opened",
+    "breaker_closed": "breaker_closed",
+}
 
 
 class ExposureError(Exception):
@@ -198,6 +210,8 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 measure_budget_s=settings.measure_budget_s,
             )
 
+            workers = stack.enter_context(_workers(settings))
+
             async def place(record: VersionRecord) -> Path:
                 return await storage.versions.materialise(record)
 
@@ -222,7 +236,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             opener = VersionOpener(
                 place,
                 partial(_describe, settings.extensions_models),
-                {"inprocess": backend, "worker": backend},
+                {"inprocess": backend, "worker": workers},
                 {"remote": open_remote, "pipeline": open_pipeline},
                 threads=settings.parallel_deployments,
             )
@@ -237,7 +251,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             )
             registry = Registry(
                 None if settings.model_dir is None else ModelRepository(settings.model_dir),
-                backend,
+                ChosenIsolation(backend, workers),
                 runners,
                 control=settings.model_control,
                 load_models=settings.load_models,
@@ -295,6 +309,8 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             metrics = Metrics(lambda: ((s.name, s.version, s.stats, True) for s in registry.served()), app.edge_stats)
             metrics.add(Elsewhere(remote.stats, lambda: _pipelines(registry)))
             metrics.add(AliasMetrics(router.aliases))
+            metrics.add(WorkerMetrics(lambda: _worker_sessions(registry), capabilities().missing))
+            workers.on_event = await stack.enter_async_context(_worker_events(catalog))
             app.begin_drain = registry.begin_drain
             loading = asyncio.create_task(registry.run(), name="inferway-registry")
             stack.push_async_callback(_end, loading)
@@ -348,6 +364,66 @@ def _pipelines(registry: Registry) -> Iterator[tuple[str, int, Mapping[str, Hist
     for served in registry.served():
         if isinstance(served.batcher, PipelineExecutor):
             yield served.name, served.version, served.batcher.step_seconds
+
+
+def _workers(settings: Settings) -> WorkerBackend:
+    return WorkerBackend(
+        BackendOptions(
+            settings.providers,
+            inline_threshold_s=settings.inline_threshold_s,
+            trial_budget_s=settings.trial_budget_s,
+            measure_budget_s=settings.measure_budget_s,
+        ),
+        cpus=settings.cpus,
+        limits=WorkerLimits(
+            load_timeout_s=settings.worker_load_timeout_s,
+            load_bytes=settings.worker_load_memory_bytes,
+            session=SessionLimits(
+                breaker_failures=settings.worker_breaker_failures,
+                respawns_per_minute=settings.worker_respawns_per_minute,
+                answer_limit_bytes=settings.worker_answer_limit_bytes,
+            ),
+        ),
+    )
+
+
+def _worker_sessions(registry: Registry) -> Iterator[tuple[str, int, WorkerSession]]:
+    for served in registry.served():
+        if isinstance(served.session, WorkerSession):
+            yield served.name, served.version, served.session
+
+
+@asynccontextmanager
+async def _worker_events(catalog: SqlCatalog) -> AsyncIterator[Callable[[str, Artifact, str], None]]:
+    """Keep what happens to workers: gives what they call, on any thread, when something does."""
+    loop = asyncio.get_running_loop()
+    happened: asyncio.Queue[tuple[EventKind, Artifact, str]] = asyncio.Queue(_EVENTS_WAITING)
+
+    def put(kind: EventKind, artifact: Artifact, detail: str) -> None:
+        if not happened.full():  # the log has them all
+            happened.put_nowait((kind, artifact, detail))
+
+    def tell(kind: str, artifact: Artifact, detail: str) -> None:
+        known = _WORKER_EVENTS.get(kind)
+        if known is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(put, known, artifact, detail)
+
+    async def keep() -> None:
+        while True:
+            kind, artifact, detail = await happened.get()
+            try:
+                await catalog.add_event(
+                    kind, artifact.name, version=artifact.version, by="gateway", detail={"reason": detail}
+                )
+            except GatewayError as error:
+                logger.warning("an event could not be kept: %s", error.message)
+
+    keeping = asyncio.create_task(keep(), name="inferway-worker-events")
+    try:
+        yield tell
+    finally:
+        await _end(keeping)
 
 
 def _admit(extensions_models: Collection[str], artifact: Artifact, files: Collection[str]) -> None:

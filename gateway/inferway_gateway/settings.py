@@ -84,6 +84,18 @@ class Settings(BaseSettings):
 
     isolation: Literal["worker", "inprocess"] = "worker"
     """Where deployed models run unless their deployment says it: each in a process of its own, or in the gateway's."""
+    worker_load_timeout_s: PositiveFloat = 300.0
+    """Seconds that a worker process may take to open its model, trying options and warming up included."""
+    worker_load_memory_bytes: PositiveInt | None = None
+    """Address space of a worker while it opens its model; by default 2 GiB and six times the model's files. Warm, it
+    may have twice its peak and 512 MiB more than it has."""
+    worker_answer_limit_bytes: PositiveInt = 256 * 1024 * 1024
+    """Bytes that the outputs of one run in a worker may have."""
+    worker_breaker_failures: int = Field(default=3, ge=0)
+    """Requests that killed their worker although they were alone in it, or starts that failed, within a minute, after
+    which a version is held back for 5 seconds and more; 0: it never is."""
+    worker_respawns_per_minute: PositiveInt = 60
+    """How often the workers of one version are started again in a minute, whatever ends them."""
     allow_inprocess: bool = False
     """Let whoever may deploy ask for the gateway's own process. A model there that crashes takes the gateway along."""
     memory_budget_bytes: PositiveInt | None = None

@@ -151,7 +151,9 @@ class ModelConfig:
 
     Attributes:
         max_batch_size: None: derive from the graph; 0: the model has no batch axis; n: at most n rows a run.
-        instances: runs of this model that may happen at once; None takes the number of processors.
+        instances: in this process, runs of this model that may happen at once, by default as many as there are
+            processors; in worker processes, how many of these there are, by default one.
+        isolation: where a model of the folder runs; None: in this process. Not for deployed models.
         run_timeout_s: a run that takes longer is ended; None takes the gateway's.
         raw: the configuration as the protocol's `config` route shows it, in Triton's JSON names.
     """
@@ -164,6 +166,7 @@ class ModelConfig:
     batching: BatchPolicy = field(default_factory=BatchPolicy)
     session: SessionOptions = field(default_factory=SessionOptions)
     instances: int | None = None
+    isolation: Literal["worker", "inprocess"] | None = None
     warmup: tuple[Warmup, ...] = ()
     run_timeout_s: float | None = None
     parameters: dict[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .. import __version__
+from ..core.backend import IsolatedSession
 from ..core.errors import MalformedRequestError, ModelNotReadyError, UnsupportedOperationError, VersionNotFoundError
 from ..core.keys import Principal
 from ..core.registry import Registry
@@ -111,6 +112,7 @@ async def model_config(request: Request) -> Response:
         "version": str(served.version),
         "row_exactness": profile.row_exactness,
         "batching": profile.batchable,
+        "isolation": "worker" if isinstance(served.session, IsolatedSession) else "inprocess",
         "inline_max_elements": profile.inline_max_elements,
         "execution_providers": profile.execution_providers,
         "load_seconds": round(profile.load_s, 4),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
@@ -96,12 +96,15 @@ class ModelOptions(_Strict):
 
     Attributes:
         run_timeout_s: a run that takes longer is ended.
-        instances: runs of the model that may happen at once.
+        instances: runs of the model that may happen at once; with isolation, processes that it has.
+        isolation: worker runs the model in processes of its own, inprocess in the gateway's. For models of the folder:
+            where deployed ones run is said when they are deployed.
         max_batch_size: rows of one run at most; 0 says that there is no batch axis.
     """
 
     run_timeout_s: PositiveFloat | None = None
     instances: Annotated[int, Field(ge=1, le=1024)] | None = None
+    isolation: Literal["worker", "inprocess"] | None = None
     max_batch_size: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     batching: BatchingOptions = BatchingOptions()
     session: SessionOptionsTable = SessionOptionsTable()
@@ -164,7 +167,7 @@ def apply_options(config: ModelConfig, options: ModelOptions) -> ModelConfig:
     batching = options.batching
     return replace(
         config,
-        **_said(options, "run_timeout_s", "instances", "max_batch_size"),
+        **_said(options, "run_timeout_s", "instances", "isolation", "max_batch_size"),
         batching=replace(
             config.batching,
             **_said(batching, "enabled", "row_exact", "max_queue_rows", "max_queue_bytes"),

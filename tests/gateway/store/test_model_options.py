@@ -70,7 +70,11 @@ def test_what_is_not_said_stays_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("speed = 1", "speed is not known, expected one of run_timeout_s, instances, max_batch_size, batching, session"),
+        (
+            "speed = 1",
+            "speed is not known, expected one of "
+            "run_timeout_s, instances, isolation, max_batch_size, batching, session",
+        ),
         (
             "[batching]\nenable = true",
             "batching.enable is not known, expected one of enabled, row_exact, max_queue_rows",

@@ -25,6 +25,8 @@ from .session import OnEvent, SessionLimits, WorkerSession
 
 _log = logging.getLogger(__name__)
 
+_MOST_INSTANCES: Final = 4
+"""Processes of one version per processor: more gain nothing, and who deploys must not fill the process table."""
 _LOAD_FLOOR_BYTES: Final = 2 << 30
 _LOAD_RATIO: Final = 6
 """FP16 weights in a file of 1 are mapped, expanded to 2 and packed into 2 more while they are loaded."""
@@ -141,7 +143,7 @@ class WorkerBackend:
                 report.profile,
                 replace(
                     limits.session,
-                    instances=artifact.config.instances or 1,
+                    instances=min(artifact.config.instances or 1, _MOST_INSTANCES * self._cpus),
                     lanes=max(self._cpus // report.profile.intra_op_threads, 1),
                 ),
                 self._keeper,

@@ -478,8 +478,9 @@ class WorkerSession:
         return f"{self.artifact.name} version {self.artifact.version}"
 
     def footprint(self) -> Footprint | None:
-        """Of one process, as measured after it was warmed up; None where the system does not tell."""
-        return self._footprint
+        """Of all processes, as measured of one after it was warmed up; None where the system does not tell."""
+        one, instances = self._footprint, self._limits.instances
+        return one and Footprint(one.resident_bytes * instances, one.peak_bytes * instances)
 
     @property
     def resident_bytes(self) -> int:
