@@ -15,8 +15,10 @@ from inferway_contract.codes import ERRORS
 from inferway_gateway.__main__ import _parser
 from inferway_gateway.core.catalog import AliasRecord, AliasSpec, Shadow
 from inferway_gateway.core.routing import Router
-from inferway_gateway.core.stats import ModelStats
+from inferway_gateway.core.stats import Histogram, ModelStats
+from inferway_gateway.core.upstream import EndpointStats, UpstreamStats
 from inferway_gateway.http.alias_metrics import AliasMetrics
+from inferway_gateway.http.elsewhere_metrics import Elsewhere
 from inferway_gateway.http.metrics import Metrics
 from inferway_gateway.server.policy import EdgeStats
 from inferway_gateway.settings import Settings
@@ -89,7 +91,7 @@ def codes() -> str:
 
 
 def metrics(prefix: str) -> str:
-    """Every metric of that prefix that a gateway shows which has served one model."""
+    """Every metric of that prefix that a gateway shows which has served a model of each kind."""
     stats = ModelStats()
     stats.ran(1, 0.0, 0.0, 0.0)
     stats.finished(0.0, "internal")
@@ -100,6 +102,8 @@ def metrics(prefix: str) -> str:
     spec = AliasSpec({1: 100}, shadow=Shadow(2))
     router.update([AliasRecord("iris", "stable", spec, None, 1, datetime.now(UTC), "gateway")])
     shown.add(AliasMetrics(router.aliases))
+    upstream = UpstreamStats("other", [EndpointStats("other.example:8000")])
+    shown.add(Elsewhere(lambda: [upstream], lambda: [("inch-iris", 1, {"classify": Histogram()})]))
     text, _ = shown.render("")
     rows = []
     for family in sorted(text_string_to_metric_families(text.decode()), key=lambda family: family.name):
