@@ -119,12 +119,13 @@ def _add_operators(commands: Any) -> str | None:
     """Add the commands that work on the gateway's own state; what is missing where its extra is not installed."""
     try:
         with _quick_to_interrupt():
-            from .cli_keys import add_parser
+            from . import cli_keys, cli_registry
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("inferway_gateway", "inferway_contract"):
             raise
         return error.name or "a library"
-    add_parser(commands)
+    cli_keys.add_parser(commands)
+    cli_registry.add_parser(commands)
     return None
 
 

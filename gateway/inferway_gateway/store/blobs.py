@@ -33,7 +33,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
 
-from ..core.catalog import BlobRecord, Catalog
+from ..core.catalog import BlobRecord, Catalog, FileRef, VersionRecord
 from ..core.errors import (
     BlobNotFoundError,
     DigestMismatchError,
@@ -534,6 +534,9 @@ class BlobStore:
                 problems.append(_missing(record))
             elif found != (record.digest, record.size):
                 problems.append(_damaged(record, *found))
+        digests = {record.digest for record in records}
+        for version in (await self._catalog.snapshot()).versions:
+            problems += [_unnamed(version, file) for file in version.files if file.digest not in digests]
         named = {(record.digest, record.copy) for record in records}
         problems += [_orphan(one) for one in stored if (one.digest, one.copy) not in named]
         return problems
@@ -718,6 +721,15 @@ def _damaged(record: BlobRecord, digest: str, size: int) -> Problem:
         record.digest,
         f"blob {record.digest} ({record.size} bytes) has other content ({size} bytes, SHA-256 {digest}): see to the "
         "disk, and put the file back from a backup, or delete the versions that have it and deploy them again",
+    )
+
+
+def _unnamed(version: VersionRecord, file: FileRef) -> Problem:
+    return Problem(
+        "unnamed",
+        file.digest,
+        f"'{version.model}' version {version.version} has '{file.path}' ({file.digest}), of which there is no blob: delete "
+        "the version and deploy it again",
     )
 
 
