@@ -203,6 +203,7 @@ class ModelConfigInferway(Answer):
     version: VersionText
     row_exactness: str
     batching: bool
+    isolation: str
     inline_max_elements: Count
     execution_providers: list[str]
     load_seconds: float = Field(ge=0)

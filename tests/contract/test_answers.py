@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
 from inferway_contract import codes, document, models, names
 from live import LiveGateway
+from models import add_one
 
 CONTRACT = document.load()
 SIMPLE = {
@@ -179,3 +182,236 @@ def test_a_model_that_is_not_loaded_answers_no_in_both_words(gateway: LiveGatewa
         assert int(headers["Retry-After"]) >= 1
     finally:
         gateway.call("POST", "/v2/repository/models/add_one/load")
+
+
+# ---- the life of a deployed model, each answer held against the contract
+
+
+BLOB, MODEL = "/api/v1/blobs/{digest}", "/api/v1/models/{model}"
+VERSIONS, VERSION = MODEL + "/versions", MODEL + "/versions/{version}"
+ALIASES, ALIAS = MODEL + "/aliases", MODEL + "/aliases/{alias}"
+DEPLOYMENT = "/api/v1/deployments/{deployment_id}"
+
+
+def said(
+    gateway: LiveGateway,
+    method: str,
+    template: str,
+    status: int,
+    shape: type[BaseModel] | None,
+    body: Any = None,
+    /,
+    *,
+    query: str = "",
+    key: str = "",
+    headers: Mapping[str, str] | None = None,
+    **parameters: object,
+) -> Any:
+    """The body of an answer that is as the contract describes it, in its members, headers and status."""
+    path = template.format(**parameters) + query
+    got, answer, fields = gateway.call(method, path, body, key=key, headers=headers)
+    assert got == status, answer
+    named = {name.lower() for name in described(template, method, status)["headers"]}
+    if status == 204:
+        assert {name.lower() for name in fields} <= GENERAL | named
+    else:
+        check_headers(template, method, status, fields)
+    for name, header in described(template, method, status)["headers"].items():
+        if "$ref" in header:
+            header = CONTRACT["components"]["headers"][header["$ref"].rpartition("/")[2]]
+        assert name in fields or not header.get("required"), name
+    if shape is not None:
+        assert list(unnamed(shape.model_validate(answer))) == []
+    return answer
+
+
+def upload(gateway: LiveGateway, content: bytes) -> dict[str, Any]:
+    digest = hashlib.sha256(content).hexdigest()
+    said(gateway, "PUT", BLOB, 201, models.BlobStatus, content, digest=digest)
+    return {"path": "model.onnx", "digest": digest, "size": len(content)}
+
+
+def ended(gateway: LiveGateway, deployment: dict[str, Any]) -> dict[str, Any]:
+    """Wait by long polls until a deployment has ended."""
+    end = time.monotonic() + 60
+    while deployment["state"] == "running":
+        assert time.monotonic() < end
+        query = "?wait=10" + (f"&step={deployment['step']}" if deployment["step"] else "")
+        where = {"deployment_id": deployment["id"]}
+        deployment = said(gateway, "GET", DEPLOYMENT, 200, models.Deployment, query=query, **where)
+    return deployment
+
+
+def deploy(gateway: LiveGateway, name: str, content: bytes, **body: Any) -> dict[str, Any]:
+    request = {"files": [upload(gateway, content)], **body}
+    return ended(gateway, said(gateway, "POST", VERSIONS, 202, models.Deployment, request, model=name))
+
+
+@pytest.fixture(scope="module")
+def churn(gateway: LiveGateway) -> Iterator[str]:
+    """A model that was deployed in two versions; ``stable`` points at the first."""
+    name = "contract_churn"
+    first = deploy(gateway, name, add_one(4), labels={"team": "growth"}, metadata={"accuracy": 0.93})
+    assert (first["state"], first["version"], first["reused"]) == ("succeeded", 1, False), first
+    second = deploy(gateway, name, add_one(4, 2.0), alias=None)
+    assert (second["state"], second["version"]) == ("succeeded", 2), second
+    yield name
+    gateway.call("DELETE", MODEL.format(model=name))
+
+
+ONE_ROW = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0.0] * 4}]}
+INFER = "/v2/models/{model}/infer"
+
+
+def test_an_upload_in_pieces_is_as_the_contract_describes_it(gateway: LiveGateway) -> None:
+    content = b"in pieces " * 100
+    where = {"digest": hashlib.sha256(content).hexdigest()}
+    length = {"Upload-Length": str(len(content))}
+    said(gateway, "GET", BLOB, 404, models.Problem, **where)
+    part = said(gateway, "PUT", BLOB, 202, models.BlobStatus, content[:300], headers=length, **where)
+    assert part == {"digest": where["digest"], "size": 1000, "received": 300, "complete": False}
+    assert said(gateway, "GET", BLOB, 200, models.BlobStatus, **where)["received"] == 300
+    wrong = {"Upload-Offset": "200", **length}
+    answer = said(gateway, "PUT", BLOB, 409, models.UploadConflict, content[200:], headers=wrong, **where)
+    assert (answer["code"], answer["received"]) == ("upload_conflict", 300)
+    right = {"Upload-Offset": "300", **length}
+    whole = said(gateway, "PUT", BLOB, 201, models.BlobStatus, content[300:], headers=right, **where)
+    assert whole["complete"] is True
+    answer = said(gateway, "PUT", BLOB, 400, models.Problem, b"other", digest="0" * 64)
+    assert answer["code"] == "digest_mismatch"
+    assert said(gateway, "GET", BLOB, 400, models.Problem, digest="0" * 63)["code"] == "invalid_parameter"
+    other = gateway.make_key("deploy")
+    assert said(gateway, "GET", BLOB, 404, models.Problem, key=other, **where)["code"] == "blob_not_found"
+
+
+def test_a_deployed_model_is_listed_as_the_contract_describes_it(gateway: LiveGateway, churn: str) -> None:
+    listed = said(gateway, "GET", "/api/v1/models", 200, models.CatalogModelList)["models"]
+    assert {m["source"] for m in listed} == {"catalog", "repository"}
+    one = said(gateway, "GET", MODEL, 200, models.CatalogModel, model=churn)
+    assert one in listed or one["name"] in {m["name"] for m in listed}
+    assert [v["version"] for v in one["versions"]] == [1, 2]
+    assert [a["alias"] for a in one["aliases"]] == ["stable"]
+    version = said(gateway, "GET", VERSION, 200, models.ModelVersion, model=churn, version=1)
+    assert (version["labels"], version["metadata"], version["kind"]) == ({"team": "growth"}, {"accuracy": 0.93}, "onnx")
+    folder = said(gateway, "GET", VERSION, 200, models.ModelVersion, model="simple", version=1)
+    assert (folder["digest"], folder["created_at"], folder["files"]) == (None, None, [])
+    change = {"labels": {"stage": "canary"}, "pinned": True}
+    changed = said(gateway, "PATCH", VERSION, 200, models.ModelVersion, change, model=churn, version=2)
+    assert (changed["labels"], changed["pinned"]) == ({"stage": "canary"}, True)
+    said(gateway, "PATCH", VERSION, 400, models.Problem, {"files": []}, model=churn, version=2)
+    said(gateway, "PATCH", VERSION, 404, models.Problem, {"pinned": True}, model=churn, version=9)
+    said(gateway, "GET", VERSION, 404, models.Problem, model=churn, version=9)
+    said(gateway, "GET", MODEL, 404, models.Problem, model="nobody")
+
+
+def test_the_same_content_is_the_same_version(gateway: LiveGateway, churn: str) -> None:
+    again = deploy(gateway, churn, add_one(4), labels={"team": "other"})
+    assert (again["state"], again["version"], again["reused"]) == ("succeeded", 1, True)
+
+
+def test_aliases_are_as_the_contract_describes_them(gateway: LiveGateway, churn: str) -> None:
+    canary = {"model": churn, "alias": "canary"}
+    body = {
+        "weights": {"1": 95, "2": 5}, "sticky": "header:X-User", "guard": {"max_error_rate": 0.5},
+        "shadow": None, "fallback": [], "expected_revision": 0,
+    }  # fmt: skip
+    made = said(gateway, "PUT", ALIAS, 200, models.Alias, body, **canary)
+    assert (made["weights"], made["previous"], made["guard"]["min_requests"]) == ({"1": 95.0, "2": 5.0}, None, 50)
+    assert said(gateway, "PUT", ALIAS, 409, models.Problem, body, **canary)["code"] == "conflict"
+    moved = said(
+        gateway, "PUT", ALIAS, 200, models.Alias, {"version": 2, "expected_revision": made["revision"]}, **canary
+    )
+    assert moved["previous"]["weights"] == {"1": 95.0, "2": 5.0}
+    status, _, fields = gateway.call("POST", f"/v2/models/{churn}@canary/infer", ONE_ROW)
+    assert (status, fields["Inferway-Model-Version"]) == (200, "2")
+    check_headers(INFER, "POST", 200, fields)
+    assert gateway.call("GET", f"/v2/models/{churn}@canary/ready")[0] == 200
+    shown = said(gateway, "GET", ALIAS, 200, models.Alias, **canary)
+    assert shown["traffic"]["2"]["requests"] >= 1
+    assert said(gateway, "DELETE", VERSION, 409, models.Problem, model=churn, version=2)["code"] == "conflict"
+    back = said(gateway, "POST", ALIAS + "/rollback", 200, models.Alias, **canary)
+    assert back["weights"] == {"1": 95.0, "2": 5.0}
+    assert [a["alias"] for a in said(gateway, "GET", ALIASES, 200, models.AliasList, model=churn)["aliases"]] == [
+        "canary",
+        "stable",
+    ]
+    for wrong in ({}, {"version": 1, "weights": {"1": 100}}, {"weights": {"1": 50}}, {"versions": 1}):
+        said(gateway, "PUT", ALIAS, 400, models.Problem, wrong, **canary)
+    missing = said(gateway, "PUT", ALIAS, 404, models.Problem, {"version": 9}, **canary)
+    assert missing["code"] == "version_not_found"
+    said(gateway, "DELETE", ALIAS, 204, None, **canary)
+    assert said(gateway, "GET", ALIAS, 404, models.Problem, **canary)["code"] == "alias_not_found"
+    assert said(gateway, "POST", ALIAS + "/rollback", 404, models.Problem, **canary)["code"] == "alias_not_found"
+    status, answer, _ = gateway.call("POST", f"/v2/models/{churn}@canary/infer", ONE_ROW)
+    assert (status, answer["code"]) == (404, "alias_not_found")
+    status, answer, _ = gateway.call("POST", f"/v2/models/{churn}@stable/versions/1/infer", ONE_ROW)
+    assert (status, answer["code"]) == (404, "version_not_found")
+
+
+def test_events_and_deployments_are_as_the_contract_describes_them(gateway: LiveGateway, churn: str) -> None:
+    events = "/api/v1/events"
+    first = said(gateway, "GET", MODEL + "/events", 200, models.EventList, query="?limit=2", model=churn)
+    assert first["has_more"] is True
+    assert len(first["events"]) == 2
+    query = f"?limit=1000&before={first['events'][-1]['id']}&model={churn}"
+    rest = said(gateway, "GET", events, 200, models.EventList, query=query)
+    assert rest["has_more"] is False
+    kinds = {event["kind"] for event in (*first["events"], *rest["events"])}
+    assert {"deployment_started", "deployment_succeeded"} <= kinds
+    said(gateway, "GET", events, 400, models.Problem, query="?limit=0")
+    said(gateway, "GET", events, 400, models.Problem, query="?before=x")
+    said(gateway, "GET", MODEL + "/events", 404, models.Problem, model="nobody")
+    listed = said(gateway, "GET", "/api/v1/deployments", 200, models.DeploymentList, query=f"?model={churn}")
+    assert {d["model"] for d in listed["deployments"]} == {churn}
+    one = {"deployment_id": listed["deployments"][0]["id"]}
+    assert said(gateway, "POST", DEPLOYMENT + "/cancel", 200, models.Deployment, **one)["state"] == "succeeded"
+    said(gateway, "GET", DEPLOYMENT, 404, models.Problem, deployment_id="nothing")
+    said(gateway, "GET", DEPLOYMENT, 400, models.Problem, query="?wait=31", **one)
+    said(gateway, "GET", DEPLOYMENT, 400, models.Problem, query="?step=done", **one)
+
+
+def test_a_deployment_that_fails_says_where_and_why(gateway: LiveGateway) -> None:
+    name = "contract_broken"
+    failed = deploy(gateway, name, b"no model")
+    assert failed["state"] == "failed"
+    assert failed["failed_step"] in get_args(names.Step)
+    assert failed["error"]["code"] in codes.ERRORS
+    assert failed["error"]["message"]
+    assert gateway.call("POST", f"/v2/models/{name}/infer", ONE_ROW)[0] == 404
+
+
+def test_a_deployment_is_refused_as_the_contract_describes_it(gateway: LiveGateway, churn: str) -> None:
+    missing = {"files": [{"path": "model.onnx", "digest": "1" * 64, "size": 1}]}
+    answer = said(gateway, "POST", VERSIONS, 404, models.Problem, missing, model=churn)
+    assert answer["code"] == "blob_not_found"
+    assert "1" * 64 in answer["detail"]
+    assert "model.onnx" in answer["detail"]
+    there = {"files": [upload(gateway, add_one(4))]}
+    assert said(gateway, "POST", VERSIONS, 409, models.Problem, there, model="simple")["code"] == "conflict"
+    inprocess = {**there, "isolation": "inprocess"}
+    answer = said(gateway, "POST", VERSIONS, 403, models.Problem, inprocess, model=churn)
+    assert answer["code"] == "permission_denied"
+    said(gateway, "POST", VERSIONS, 400, models.Problem, {"files": []}, model=churn)
+    said(gateway, "POST", VERSIONS, 400, models.Problem, {**there, "wait": True}, model=churn)
+    said(gateway, "POST", VERSIONS, 403, models.Problem, there, model=churn, key=gateway.make_key("read"))
+
+
+def test_the_registry_is_looked_after_as_the_contract_describes_it(gateway: LiveGateway, churn: str) -> None:
+    report = said(gateway, "GET", "/api/v1/registry/check", 200, models.RegistryReport)
+    assert report["ok"] is True
+    assert report["checked"] >= 2
+    said(gateway, "POST", "/api/v1/registry/gc", 200, models.GarbageReport)
+    said(gateway, "POST", "/api/v1/registry/gc", 403, models.Problem, key=gateway.make_key("deploy"))
+    said(gateway, "GET", VERSION, 200, models.ModelVersion, model=churn, version=1)
+
+
+def test_a_deleted_model_is_gone_and_its_events_stay(gateway: LiveGateway) -> None:
+    name = "contract_gone"
+    assert deploy(gateway, name, add_one(4, 7.0))["state"] == "succeeded"
+    assert gateway.call("POST", f"/v2/models/{name}/infer", ONE_ROW)[0] == 200
+    said(gateway, "DELETE", MODEL, 204, None, model=name)
+    said(gateway, "GET", MODEL, 404, models.Problem, model=name)
+    said(gateway, "DELETE", MODEL, 404, models.Problem, model=name)
+    assert gateway.call("POST", f"/v2/models/{name}/infer", ONE_ROW)[0] == 404
+    said(gateway, "GET", MODEL + "/events", 200, models.EventList, model=name)
+    assert said(gateway, "DELETE", MODEL, 409, models.Problem, model="simple")["code"] == "conflict"

@@ -50,6 +50,7 @@ CONFIG = {
         "version": "1",
         "row_exactness": "exact",
         "batching": True,
+        "isolation": "inprocess",
         "inline_max_elements": 0,
         "execution_providers": ["CPUExecutionProvider"],
         "load_seconds": 0.5,
