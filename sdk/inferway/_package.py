@@ -13,6 +13,7 @@ Nothing is read whole: files are read in pieces when they are hashed and again w
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import re
@@ -44,6 +45,12 @@ _EXTERNAL_FROM_BYTES: Final = 1024
 _ALIGNMENT: Final = 4096
 """Tensors in a weights file begin at pages, so that they can be mapped into memory as they are."""
 _PIECE_BYTES: Final = 1024 * 1024
+_ELEMENT_BYTES: Final = {2: 1, 3: 1, 4: 2, 5: 2, 7: 8, 9: 1, 10: 2, 11: 8, 13: 8, 16: 2}
+"""Of ``TensorProto.DataType``; of all others 4, or about that."""
+_TOO_LONG: Final = (
+    "the model is longer than 2 GiB without its initializers; save it with onnx.save_model(…, "
+    "save_as_external_data=True, convert_attribute=True) and deploy the file"
+)
 _DEFINITIONS: Final = ("pipeline.toml", "remote.toml")
 _BESIDE: Final = re.compile(r"[1-9][0-9]{0,18}")
 
@@ -377,26 +384,32 @@ def _quoted(names: Sequence[str]) -> str:
 
 def _of_proto(model: Any) -> Package:
     """A model in memory. One that is too large for a message is parted into its graph and its weights."""
-    try:
-        data: bytes | None = model.SerializeToString(deterministic=True) if _fits(model) else None
-    except ValueError:
-        # Since version 4 protobuf finds out how long a message is while it writes it.
-        data = None
-    if data is not None:
-        return _of_bytes(data)
+    if sum(map(_bytes_of, model.graph.initializer)) < PROTOBUF_LIMIT_BYTES:
+        data = _serialized(model)
+        if data is not None:
+            return _of_bytes(data)
     if any(_has_external(tensor) for tensor in model.graph.initializer):
         raise ConfigurationError("the model keeps weights in other files; deploy its path, or load it with its weights")
     head, segments = _parted(model)
+    if not segments:
+        raise ConfigurationError(_TOO_LONG)
     facts = _facts(head, "the model's graph")
-    return Package((BytesSource(MODEL_FILE, head), _WeightsSource(f"{MODEL_FILE}.data", segments)),
-                   signature=facts.signature)  # fmt: skip
+    sources = (BytesSource(MODEL_FILE, head), _WeightsSource(f"{MODEL_FILE}.data", segments))
+    return Package(sources, signature=facts.signature)
 
 
-def _fits(model: Any) -> bool:
+def _bytes_of(tensor: Any) -> int:
+    """About how long a tensor's elements are; asking the message itself would write all of it to find out."""
+    return int(math.prod(tensor.dims)) * _ELEMENT_BYTES.get(tensor.data_type, 4)
+
+
+def _serialized(model: Any) -> bytes | None:
+    """A model as bytes, the same for the same model; None where they are more than a message may have."""
     try:
-        return int(model.ByteSize()) <= PROTOBUF_LIMIT_BYTES
+        data: bytes = model.SerializeToString(deterministic=True)
     except ValueError:
-        return False
+        return None
+    return data if len(data) <= PROTOBUF_LIMIT_BYTES else None
 
 
 def _has_external(tensor: Any) -> bool:
@@ -430,13 +443,9 @@ def _parted(model: Any) -> tuple[bytes, list[tuple[int, int, Callable[[], bytes]
             kept.external_data.add(key=key, value=text)
         segments.append((at, length, fetch))
         at += length
-    try:
-        data: bytes = head.SerializeToString(deterministic=True)
-    except ValueError as error:
-        raise ConfigurationError(
-            "the model is longer than 2 GiB without its initializers; save it with onnx.save_model(…, "
-            "save_as_external_data=True) and deploy the file"
-        ) from error
+    data = _serialized(head)
+    if data is None:
+        raise ConfigurationError(_TOO_LONG)
     return data, segments
 
 

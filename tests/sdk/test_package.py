@@ -288,7 +288,7 @@ def large_proto() -> onnx.ModelProto:
 def test_a_proto_that_is_too_large_is_parted_into_graph_and_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_package, "PROTOBUF_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(_package, "PROTOBUF_LIMIT_BYTES", 4000)
     proto = large_proto()
     before = proto.SerializeToString(deterministic=True)
     package = pack(proto)
@@ -317,3 +317,15 @@ def test_a_large_proto_without_its_weights_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(_package, "PROTOBUF_LIMIT_BYTES", 10)
     with pytest.raises(ConfigurationError, match="keeps weights in other files"):
         pack(onnx.load_model_from_string(models.external_data()[0]))
+
+
+def test_a_proto_that_no_parting_makes_smaller_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_package, "PROTOBUF_LIMIT_BYTES", 1000)
+    constant = helper.make_node("Constant", [], ["y"], value=numpy_helper.from_array(np.zeros(1000, np.float32)))
+    graph = helper.make_graph([constant], "g", [], [models.value("y", models.F32, [1000])])
+    with pytest.raises(ConfigurationError, match="longer than 2 GiB without its initializers"):
+        pack(helper.make_model(graph))
+    large = large_proto()
+    large.graph.node.append(constant)
+    with pytest.raises(ConfigurationError, match="longer than 2 GiB without its initializers"):
+        pack(large)
