@@ -93,7 +93,9 @@ async def _check(args: argparse.Namespace, catalog: SqlCatalog, storage: Storage
     else:
         for problem in problems:
             print(f"{'note' if problem.harmless else 'PROBLEM'}: {problem.words}")
-    _say(args, f"Checked {len(blobs)} files and {len(versions)} versions: {_count(bad, 'problem')}.")
+    _say(
+        args, f"Checked {_count(len(blobs), 'file')} and {_count(len(versions), 'version')}: {_count(bad, 'problem')}."
+    )
     return 1 if bad else 0
 
 
@@ -106,8 +108,8 @@ async def _collect(args: argparse.Namespace, _: SqlCatalog, storage: Storage) ->
     _say(
         args,
         f"Removed {_count(found.blobs, 'file')} that no version has, {_count(found.orphans, 'leftover file')}, "
-        f"{_count(found.uploads, 'upload')} that nobody continued and {_count(swept.directories, 'version directory')}: "
-        f"{freed} bytes.",
+        f"{_count(found.uploads, 'upload')} that nobody continued and "
+        f"{_count(swept.directories, 'version directory')}: {freed} bytes.",
     )
     return 0
 

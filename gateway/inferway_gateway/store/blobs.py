@@ -728,8 +728,8 @@ def _unnamed(version: VersionRecord, file: FileRef) -> Problem:
     return Problem(
         "unnamed",
         file.digest,
-        f"'{version.model}' version {version.version} has '{file.path}' ({file.digest}), of which there is no blob: delete "
-        "the version and deploy it again",
+        f"'{version.model}' version {version.version} has '{file.path}' ({file.digest}), of which there is no blob: "
+        "delete the version and deploy it again",
     )
 
 
