@@ -52,14 +52,14 @@ from .settings import Settings, environment_variable
 from .store.blobs import BlobStore, StorageLimits
 from .store.catalog import SqlCatalog, open_catalog
 from .store.database import open_keys
-from .store.elsewhere import PIPELINE_FILE, REMOTE_FILE
+from .store.elsewhere import ENSEMBLE_FILE, PIPELINE_FILE, REMOTE_FILE
 from .store.repository import ModelRepository
 from .store.sql import cause_in_words
 from .store.state import StateError
 from .store.storage import open_storage
 from .store.upstreams import read_upstreams
 from .store.version_checks import VersionChecks
-from .store.version_config import read_artifact, read_pipeline, read_remote
+from .store.version_config import read_artifact, read_ensemble, read_pipeline, read_remote
 from .store.versions import VersionDirectories
 
 logger = logging.getLogger("inferway")
@@ -223,6 +223,10 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 spec = await asyncio.to_thread(read_pipeline, folder)
                 return await PipelineExecutor.open(name, version, spec, steps, stats)
 
+            async def build_ensemble(name: str, version: int, folder: Path, stats: ModelStats) -> Executor:
+                spec = await asyncio.to_thread(read_ensemble, folder)
+                return await PipelineExecutor.open(name, version, spec, steps, stats)
+
             async def open_remote(record: VersionRecord, folder: Path, stats: ModelStats) -> Executor:
                 return await build_remote(record.model, record.version, folder, stats)
 
@@ -260,7 +264,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 drain_timeout_s=settings.drain_timeout_s,
                 strict_readiness=settings.strict_readiness,
                 managed=managed,
-                builders={REMOTE_FILE: build_remote, PIPELINE_FILE: build_pipeline},
+                builders={REMOTE_FILE: build_remote, PIPELINE_FILE: build_pipeline, ENSEMBLE_FILE: build_ensemble},
             )
             stack.push_async_callback(registry.close)
 

@@ -51,6 +51,15 @@ name = "classify"
 model = "wide_classifier"
 inputs = { x = "scale.y" }
 """
+ENSEMBLE = """
+platform: "ensemble"
+input { name: "RAW" data_type: TYPE_FP32 dims: [-1, 16] }
+output { name: "DONE" data_type: TYPE_FP32 dims: [-1, 16] }
+ensemble_scheduling {
+  step { model_name: "add_one" input_map { key: "x" value: "RAW" } output_map { key: "y" value: "HALF" } }
+  step { model_name: "add_one" input_map { key: "x" value: "HALF" } output_map { key: "y" value: "DONE" } }
+}
+"""
 
 
 def write_pipeline(repository: Path, name: str, text: str, version: int = 1) -> None:
@@ -70,8 +79,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
             "whole": models.identity("INT32", ("batch", 16)),
             "wide_classifier": models.classifier(16),
             "picky": models.fails_on_negative(16),
+            "an-ensemble": models.ModelFiles({}, config=ENSEMBLE),
         },
     )
+    (repository / "an-ensemble" / "1").mkdir(parents=True)
     write_pipeline(repository, "a-pipeline", TWICE)
     write_pipeline(repository, "a-sum", BOTH)
     write_pipeline(repository, "a-class", CLASSIFY)
@@ -110,6 +121,12 @@ def test_a_pipeline_in_a_pipeline_gives_what_its_models_give(client: Inferway, l
         alone = admin.infer("wide_classifier", {"x": x + 2})
     np.testing.assert_array_equal(result["label"], alone["label"])
     np.testing.assert_allclose(result["probabilities"], alone["probabilities"], rtol=1e-6)
+
+
+def test_an_ensemble_of_triton_is_served(live: LiveGateway) -> None:
+    with Inferway(live.url, api_key=live.admin_key) as admin:
+        assert admin.models.get("an-ensemble").platform == "ensemble"
+        assert admin.infer("an-ensemble", {"RAW": np.zeros((2, 16), np.float32)})["DONE"].tolist() == [[2.0] * 16] * 2
 
 
 def test_a_key_need_not_see_the_models_of_the_steps(client: Inferway) -> None:

@@ -496,7 +496,7 @@ class Registry:
             return reason
         old = model.ready.get(version)
         config = found.config
-        if session is None:
+        if session is None and config.platform == "onnxruntime_onnx":
             config = replace(config, platform=f"inferway_{artifact.path.stem}")
         served = ServedVersion(model.name, version, config, session, executor, stats)
         model.ready[version] = served

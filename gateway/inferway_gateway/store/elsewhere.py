@@ -10,6 +10,7 @@ Like ``inferway.toml`` both are strict: a member that is not known is an error t
 
 from __future__ import annotations
 
+import re
 import tomllib
 from typing import Annotated, Any, Final, TypeVar
 
@@ -22,6 +23,8 @@ from .triton_config import ConfigError
 
 REMOTE_FILE: Final = "remote.toml"
 PIPELINE_FILE: Final = "pipeline.toml"
+ENSEMBLE_FILE: Final = "config.pbtxt"
+"""Stands for the model of an ensemble, whose version's folders are empty."""
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _TARGET: Final = rf"^{_NAME}(@[a-z][a-z0-9-]{{0,62}}|/versions/[1-9][0-9]{{0,17}})?$"
 _Options = TypeVar("_Options", bound=BaseModel)
@@ -117,6 +120,49 @@ def parse_pipeline(text: str) -> PipelineSpec:
         None if options.inputs is None else tuple(TensorSpec(t.name, t.datatype, t.shape) for t in options.inputs),
         None if options.outputs is None else dict(options.outputs),
     )
+
+
+def ensemble_pipeline(message: Any) -> PipelineSpec:
+    """The pipeline that an ensemble of Triton is.
+
+    An ensemble names the tensors between its steps, a pipeline the steps that they come from. Steps are called by their
+    models, with a number where a model has several.
+
+    Args:
+        message: of ``triton_config.MODEL_CONFIG``, with ``ensemble_scheduling``.
+    Raises:
+        ConfigError: a tensor has two sources, a name or a map is missing, or a step is of another namespace.
+    Source: Triton Inference Server, "Ensemble Models".
+    """
+    steps = message.ensemble_scheduling.step
+    if not 0 < len(steps) <= MAX_STEPS:
+        raise ConfigError(f"ensemble_scheduling must have 1 to {MAX_STEPS} steps, got {len(steps)}")
+    names: list[str] = []
+    sources = {tensor.name: tensor.name for tensor in message.input}
+    for step in steps:
+        if not re.fullmatch(_NAME, step.model_name):
+            raise ConfigError("each step of ensemble_scheduling must name a model")
+        if step.model_namespace:
+            raise ConfigError("model_namespace of a step is not supported: a repository has one")
+        base = re.sub(r"[^A-Za-z0-9_-]", "-", step.model_name)[:56]
+        known = sum(name == base or name.startswith(f"{base}-step") for name in names)
+        names.append(base if not known else f"{base}-step{known + 1}")
+        for output in sorted(step.output_map):
+            tensor = step.output_map[output]
+            if tensor in sources:
+                raise ConfigError(f"tensor '{tensor}' of the ensemble has two sources")
+            sources[tensor] = f"{names[-1]}.{output}"
+    made = []
+    for name, step in zip(names, steps, strict=True):
+        unknown = sorted(tensor for tensor in step.input_map.values() if tensor not in sources)
+        if unknown:
+            raise ConfigError(f"step '{name}' reads '{unknown[0]}', which is no input and which no step writes")
+        target = StepTarget(step.model_name, version=step.model_version if step.model_version > 0 else None)
+        made.append(StepSpec(name, target, {key: sources[step.input_map[key]] for key in sorted(step.input_map)}))
+    unknown = sorted(tensor.name for tensor in message.output if tensor.name not in sources)
+    if unknown or not len(message.output):
+        raise ConfigError(f"output '{unknown[0] if unknown else ''}' of the ensemble is written by no step")
+    return PipelineSpec(tuple(made), None, {tensor.name: sources[tensor.name] for tensor in message.output})
 
 
 def parse_step_target(text: str) -> StepTarget:

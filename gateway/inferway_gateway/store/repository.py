@@ -32,7 +32,7 @@ from ..core.backend import Artifact
 from ..core.errors import ModelNotFoundError, VersionNotFoundError
 from ..core.model_config import ModelConfig
 from . import triton_config
-from .elsewhere import PIPELINE_FILE, REMOTE_FILE
+from .elsewhere import ENSEMBLE_FILE, PIPELINE_FILE, REMOTE_FILE
 from .model_options import apply_options, parse_options
 from .triton_config import MAX_CONFIG_BYTES, ConfigError
 from .triton_config import describe_config as describe_config
@@ -150,6 +150,8 @@ class ModelRepository:
         """
         folder = ModelFolder(self._root.resolve(strict=True), model.name)
         message, remark = triton_config.parse_json(config)
+        if triton_config.ENSEMBLE in (message.platform, model.config.platform):
+            raise ConfigError("an ensemble is loaded as its files say")
         served, versions = _read(folder, message)
         tag = hashlib.sha256(repr(sorted(served.raw.items())).encode()).hexdigest()[:32]
         return replace(
@@ -260,7 +262,19 @@ def _read(folder: ModelFolder, message: Any) -> tuple[ModelConfig, dict[int, Pat
             config = apply_options(config, parse_options(text))
         except ConfigError as error:
             raise ConfigError(f"inferway.toml: {error}") from None
+    if config.platform == triton_config.ENSEMBLE:
+        return config, _find_ensemble_versions(folder)
     return config, _find_versions(folder, message.default_model_filename or DEFAULT_FILE)
+
+
+def _find_ensemble_versions(folder: ModelFolder) -> dict[int, Path]:
+    """An ensemble's configuration is all there is of it, for each version that has a folder, which is empty."""
+    path = folder.find(ENSEMBLE_FILE, ENSEMBLE_FILE)
+    if path is None:
+        raise ConfigError(f"an ensemble must be configured in its {ENSEMBLE_FILE}")
+    with os.scandir(folder.path) as entries:
+        names = [entry.name for entry in entries if VERSION_PATTERN.fullmatch(entry.name) and entry.is_dir()]
+    return {int(name): path for name in sorted(names, key=int)}
 
 
 def _find_versions(folder: ModelFolder, file_name: str) -> dict[int, Path]:

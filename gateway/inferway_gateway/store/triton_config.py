@@ -36,6 +36,9 @@ from ..core.tensors import Signature, TensorSpec
 MAX_CONFIG_BYTES: Final = 1 << 20
 """A configuration is some kilobytes; protobuf text format is parsed in Python at about a megabyte a second."""
 
+ENSEMBLE: Final = "ensemble"
+"""The platform of a model that is a graph of others."""
+
 _SCHEMA: Final = """
 enum DataType: TYPE_INVALID TYPE_BOOL TYPE_UINT8 TYPE_UINT16 TYPE_UINT32 TYPE_UINT64 TYPE_INT8 TYPE_INT16 TYPE_INT32
   TYPE_INT64 TYPE_FP16 TYPE_FP32 TYPE_FP64 TYPE_STRING TYPE_BF16
@@ -66,7 +69,9 @@ message DynamicBatching: 1 preferred_batch_size int32*, 2 max_queue_delay_micros
   4 priority_levels uint64, 5 default_priority_level uint64, 6 default_queue_policy QueuePolicy,
   7 priority_queue_policy map:uint64:QueuePolicy
 message SequenceBatching:
-message Ensemble:
+message EnsembleStep: 1 model_name string, 2 model_version int64, 3 input_map map:string, 4 output_map map:string,
+  5 model_namespace string
+message Ensemble: 1 step EnsembleStep*
 message BatchInput:
 message BatchOutput:
 message Resource: 1 name string, 2 global bool, 3 count uint32
@@ -265,6 +270,7 @@ def to_model_config(
         raise ConfigError("instance_group.count must be 1 or more")
     parameters = {key: message.parameters[key].string_value for key in sorted(message.parameters)}
     return ModelConfig(
+        platform=message.platform or "onnxruntime_onnx",
         max_batch_size=max_batch_size,
         inputs=tuple(_tensor(item, "input", ()) for item in message.input),
         outputs=tuple(
@@ -292,11 +298,13 @@ def _session_options(parameters: dict[str, str]) -> SessionOptions:
 def _refuse_unsupported(message: Any, name: str) -> None:
     if message.name and message.name != name:
         raise ConfigError(f"name is '{message.name}', expected the folder's name '{name}' or none")
-    if message.platform not in ("", "onnxruntime_onnx"):
-        raise ConfigError(f"platform is '{message.platform}', expected 'onnxruntime_onnx'")
+    if message.platform not in ("", "onnxruntime_onnx", ENSEMBLE):
+        raise ConfigError(f"platform is '{message.platform}', expected 'onnxruntime_onnx' or '{ENSEMBLE}'")
     if message.backend not in ("", "onnxruntime"):
         raise ConfigError(f"backend is '{message.backend}', expected 'onnxruntime'")
-    for part in ("sequence_batching", "ensemble_scheduling", "model_operations"):
+    if message.HasField("ensemble_scheduling") != (message.platform == ENSEMBLE):
+        raise ConfigError(f"ensemble_scheduling and platform '{ENSEMBLE}' go together")
+    for part in ("sequence_batching", "model_operations"):
         if message.HasField(part):
             raise ConfigError(f"{part} is not supported")
     for part in ("batch_input", "batch_output", "cc_model_filenames"):
@@ -440,11 +448,13 @@ def describe_config(config: ModelConfig, signature: Signature, name: str) -> dic
     """
     shown = dict(config.raw) or to_json(MODEL_CONFIG())
     rows = signature.max_rows if signature.batched else 0
-    shown |= {"name": name, "platform": config.platform, "backend": "onnxruntime", "max_batch_size": rows}
+    onnx = config.platform == "onnxruntime_onnx"
+    backend = "onnxruntime" if onnx else ""
+    shown |= {"name": name, "platform": config.platform, "backend": backend, "max_batch_size": rows}
     for part, specs in (("input", signature.inputs), ("output", signature.outputs)):
         said = {tensor["name"]: tensor for tensor in config.raw.get(part, ())}
         shown[part] = [_describe_tensor(part, spec, said.get(spec.name), rows) for spec in specs]
-    shown["default_model_filename"] = shown["default_model_filename"] or "model.onnx"
+    shown["default_model_filename"] = shown["default_model_filename"] or ("model.onnx" if onnx else "")
     shown.setdefault("version_policy", {"latest": {"num_versions": 1}})
     if not shown["instance_group"]:
         group = {**to_json(MODEL_CONFIG().instance_group.add()), "name": name, "kind": "KIND_CPU"}

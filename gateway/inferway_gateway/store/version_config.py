@@ -18,7 +18,7 @@ from ..core.model_config import ModelConfig
 from ..core.pipeline import PipelineSpec
 from ..core.upstream import RemoteSpec
 from . import triton_config
-from .elsewhere import parse_pipeline, parse_remote
+from .elsewhere import ENSEMBLE_FILE, ensemble_pipeline, parse_pipeline, parse_remote
 from .model_options import apply_options, merge_options, parse_toml, validate_options
 from .repository import DEFAULT_FILE, ModelFolder, read_message
 from .triton_config import MAX_CONFIG_BYTES, ConfigError
@@ -76,6 +76,15 @@ def read_pipeline(place: Path) -> PipelineSpec:
         return parse_pipeline(_read_text(place, PIPELINE_FILE))
     except ConfigError as error:
         raise ModelRejectedError(f"{PIPELINE_FILE}: {error}") from None
+
+
+def read_ensemble(place: Path) -> PipelineSpec:
+    """The pipeline that ``config.pbtxt`` of a model's folder is, as ``read_remote``."""
+    try:
+        message, _ = triton_config.parse_text(_read_text(place, ENSEMBLE_FILE))
+        return ensemble_pipeline(message)
+    except ConfigError as error:
+        raise ModelRejectedError(f"{ENSEMBLE_FILE}: {error}") from None
 
 
 def _read_text(place: Path, name: str) -> str:

@@ -5,8 +5,8 @@ import pytest
 from inferway_gateway.core.pipeline import PipelineSpec, StepSpec, StepTarget
 from inferway_gateway.core.tensors import TensorSpec
 from inferway_gateway.core.upstream import RemoteSpec
-from inferway_gateway.store.elsewhere import parse_pipeline, parse_remote
-from inferway_gateway.store.triton_config import ConfigError
+from inferway_gateway.store.elsewhere import ensemble_pipeline, parse_pipeline, parse_remote
+from inferway_gateway.store.triton_config import ConfigError, parse_text
 
 REMOTE = 'upstream = "a"\nmodel = "m"\n'
 STEP = '[[steps]]\nname = "s"\nmodel = "m"\n'
@@ -84,3 +84,52 @@ def test_anything_else_is_no_model_of_a_step(text: str) -> None:
 def test_a_wrong_pipeline_file_names_the_member(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_pipeline(text)
+
+
+ENSEMBLE = """
+    platform: "ensemble"
+    max_batch_size: 8
+    input { name: "RAW" data_type: TYPE_FP32 dims: [4] }
+    output { name: "SCORES" data_type: TYPE_FP32 dims: [4] }
+    ensemble_scheduling {
+      step {
+        model_name: "pre.1" model_version: -1
+        input_map { key: "x" value: "RAW" } output_map { key: "y" value: "T" }
+      }
+      step { model_name: "net" model_version: 3 input_map { key: "x" value: "T" } output_map { key: "y" value: "U" } }
+      step { model_name: "net" input_map { key: "x" value: "U" } output_map { key: "y" value: "SCORES" } }
+    }
+"""
+
+
+def test_an_ensemble_of_triton_is_a_pipeline() -> None:
+    assert ensemble_pipeline(parse_text(ENSEMBLE)[0]) == PipelineSpec(
+        (
+            StepSpec("pre-1", StepTarget("pre.1"), {"x": "RAW"}),
+            StepSpec("net", StepTarget("net", version=3), {"x": "pre-1.y"}),
+            StepSpec("net-step2", StepTarget("net"), {"x": "net.y"}),
+        ),
+        None,
+        {"SCORES": "net-step2.y"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('value: "U" } }', 'value: "T" } }', "tensor 'T' of the ensemble has two sources"),
+        ('key: "x" value: "T"', 'key: "x" value: "Q"', "step 'net' reads 'Q', which is no input"),
+        ('name: "SCORES"', 'name: "OTHER"', "output 'OTHER' of the ensemble is written by no step"),
+        ('"net" model_version', '"" model_version', "must name a model"),
+        ('"net" model_version', '"net" model_namespace: "n" model_version', "model_namespace of a step"),
+    ],
+    ids=["two-sources", "unknown-input", "unknown-output", "no-name", "namespace"],
+)
+def test_an_ensemble_that_does_not_fit_together_is_told(old: str, new: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ensemble_pipeline(parse_text(ENSEMBLE.replace(old, new))[0])
+
+
+def test_an_ensemble_has_steps() -> None:
+    with pytest.raises(ConfigError, match="must have 1 to 64 steps, got 0"):
+        ensemble_pipeline(parse_text('platform: "ensemble" ensemble_scheduling { }')[0])

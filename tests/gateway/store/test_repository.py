@@ -98,7 +98,7 @@ def test_broken_models_have_an_error_each_and_leave_the_others_alone(tmp_path: P
     assert all(errors.values())
     assert "1:17" in str(errors["text"])
     assert "config.pbtxt is not UTF-8: invalid start byte at byte 0" in str(errors["binary"])
-    assert errors["options"] == "inferway.toml: speed is not known, expected one of run_timeout_s, batching, session"
+    assert str(errors["options"]).startswith("inferway.toml: speed is not known, expected one of run_timeout_s, ")
     assert str(errors["untoml"]).startswith("inferway.toml: not TOML")
     assert str(errors["no toml"]).startswith("the folder's name must match")
     assert str(errors["empty"]).startswith("no version")

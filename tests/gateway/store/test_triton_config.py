@@ -127,7 +127,7 @@ def test_saying_nothing_and_saying_zero_differ_for_the_batch_size() -> None:
         ('platform: "tensorflow_savedmodel"', "platform is 'tensorflow_savedmodel', expected 'onnxruntime_onnx'"),
         ('backend: "python"', "backend is 'python', expected 'onnxruntime'"),
         ("sequence_batching { }", "sequence_batching is not supported"),
-        ("ensemble_scheduling { }", "ensemble_scheduling is not supported"),
+        ("ensemble_scheduling { }", "ensemble_scheduling and platform 'ensemble' go together"),
         ("batch_input { }", "batch_input is not supported"),
         ("model_transaction_policy { decoupled: true }", "model_transaction_policy.decoupled is not supported"),
         ('input { name: "x" is_shape_tensor: true }', "is_shape_tensor of 'x'"),
