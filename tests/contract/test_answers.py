@@ -237,7 +237,7 @@ def ended(gateway: LiveGateway, deployment: dict[str, Any]) -> dict[str, Any]:
     while deployment["state"] == "running":
         assert time.monotonic() < end
         query = "?wait=10" + (f"&step={deployment['step']}" if deployment["step"] else "")
-        where = {"deployment_id": deployment["id"]}
+        where: dict[str, Any] = {"deployment_id": deployment["id"]}
         deployment = said(gateway, "GET", DEPLOYMENT, 200, models.Deployment, query=query, **where)
     return deployment
 
@@ -265,7 +265,7 @@ INFER = "/v2/models/{model}/infer"
 
 def test_an_upload_in_pieces_is_as_the_contract_describes_it(gateway: LiveGateway) -> None:
     content = b"in pieces " * 100
-    where = {"digest": hashlib.sha256(content).hexdigest()}
+    where: dict[str, Any] = {"digest": hashlib.sha256(content).hexdigest()}
     length = {"Upload-Length": str(len(content))}
     said(gateway, "GET", BLOB, 404, models.Problem, **where)
     part = said(gateway, "PUT", BLOB, 202, models.BlobStatus, content[:300], headers=length, **where)
@@ -310,8 +310,8 @@ def test_the_same_content_is_the_same_version(gateway: LiveGateway, churn: str) 
 
 
 def test_aliases_are_as_the_contract_describes_them(gateway: LiveGateway, churn: str) -> None:
-    canary = {"model": churn, "alias": "canary"}
-    body = {
+    canary: dict[str, Any] = {"model": churn, "alias": "canary"}
+    body: dict[str, Any] = {
         "weights": {"1": 95, "2": 5}, "sticky": "header:X-User", "guard": {"max_error_rate": 0.5},
         "shadow": None, "fallback": [], "expected_revision": 0,
     }  # fmt: skip
@@ -363,7 +363,7 @@ def test_events_and_deployments_are_as_the_contract_describes_them(gateway: Live
     said(gateway, "GET", MODEL + "/events", 404, models.Problem, model="nobody")
     listed = said(gateway, "GET", "/api/v1/deployments", 200, models.DeploymentList, query=f"?model={churn}")
     assert {d["model"] for d in listed["deployments"]} == {churn}
-    one = {"deployment_id": listed["deployments"][0]["id"]}
+    one: dict[str, Any] = {"deployment_id": listed["deployments"][0]["id"]}
     assert said(gateway, "POST", DEPLOYMENT + "/cancel", 200, models.Deployment, **one)["state"] == "succeeded"
     said(gateway, "GET", DEPLOYMENT, 404, models.Problem, deployment_id="nothing")
     said(gateway, "GET", DEPLOYMENT, 400, models.Problem, query="?wait=31", **one)
