@@ -314,6 +314,18 @@ class Deployer:
                 return record
         return None
 
+    async def get(self, deployment_id: str) -> DeploymentRecord:
+        """The deployment as it is. One that has succeeded here is told of once this gateway serves it.
+
+        Raises:
+            DeploymentNotFoundError
+        """
+        record = await self._catalog.deployment(deployment_id)
+        course = self._running.get(deployment_id)
+        if record.state == "succeeded" and course is not None and course.task is not None:
+            await asyncio.wait((course.task,))
+        return record
+
     async def cancel(self, deployment_id: str, *, by: str) -> DeploymentRecord:
         """Ask for the end of a deployment, whichever gateway carries it out; one that has ended is left as it is.
 
@@ -337,7 +349,7 @@ class Deployer:
         end = self._clock() + limit_s
         while True:
             news = self._news.setdefault(deployment_id, asyncio.Event())
-            record = await self._catalog.deployment(deployment_id)
+            record = await self.get(deployment_id)
             left = end - self._clock()
             if record.state != "running" or record.step != step or left <= 0:
                 if deployment_id not in self._running:

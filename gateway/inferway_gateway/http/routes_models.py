@@ -268,7 +268,7 @@ async def cancel_deployment(request: Request) -> Response:
 
 
 async def _found_deployment(request: Request) -> DeploymentRecord:
-    record = await _catalog(request).deployment(request.path_params["deployment_id"])
+    record = await _deployer(request).get(request.path_params["deployment_id"])
     if not _principal(request).sees(record.spec.model):
         raise DeploymentNotFoundError("expected the id of a deployment, there is none of that id")
     return record
