@@ -733,10 +733,10 @@ def _unready(step: StepSpec, error: GatewayError) -> ModelNotReadyError:
 
 def _at(step: StepSpec, model: StepModel, error: GatewayError) -> GatewayError:
     """The same error, saying where it happened."""
-    told = type(error)(
-        f"step '{step.name}' ({model.name} version {model.version}): {error.message}", retry_after_s=error.retry_after_s
-    )
-    told.upstream_attempts = error.upstream_attempts
+    told = type(error).__new__(type(error))
+    told.__dict__.update(error.__dict__)
+    told.message = f"step '{step.name}' ({model.name} version {model.version}): {error.message}"
+    told.args = (told.message,)
     return told
 
 
