@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -376,3 +379,61 @@ def test_an_openai_compatible_server_gives_embeddings_and_answers(
     assert json.loads(str(said[0])) == {
         "messages": [{"role": "user", "content": "hello"}], "model": "gpt", "stream": False, "temperature": 0.5,
     }  # fmt: skip
+
+
+KSERVE = """
+import sys
+from kserve import InferOutput, InferResponse, Model, ModelServer
+
+class AddOne(Model):
+    def __init__(self):
+        super().__init__("add-one")
+        self.ready = True
+
+    async def get_input_types(self):
+        return [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
+
+    async def get_output_types(self):
+        return [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}]
+
+    async def predict(self, payload, headers=None, response_headers=None):
+        x = payload.inputs[0].as_numpy()
+        y = InferOutput("y", list(x.shape), "FP32")
+        y.set_data_from_numpy(x + 1, binary_data=False)
+        return InferResponse(payload.id, "add-one", [y])
+
+ModelServer(http_port=int(sys.argv[1]), enable_grpc=False, workers=1).start([AddOne()])
+"""
+
+
+@pytest.mark.slow
+def test_kserve_answers_through_the_gateway(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(KSERVE)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    upstreams = write_upstream(tmp_path / "upstreams.toml", "kserve", [f"http://127.0.0.1:{port}"])
+    repository = write_repository(tmp_path / "models", {})
+    write_remote(repository, "far", 'upstream = "kserve"\nmodel = "add-one"\n')
+    log = (tmp_path / "log").open("wb")
+    server = subprocess.Popen(
+        [sys.executable, str(tmp_path / "server.py"), str(port)], stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        with (
+            run_gateway(
+                repository, tmp_path / "state", "--upstreams", str(upstreams)
+            ) as front,  # finds it once it is up
+            Inferway(front.url, api_key=front.make_key("infer", "read")) as client,
+        ):
+            assert [spec.shape for spec in client.models.get("far").inputs] == [(-1, 4)]
+            result = client.infer("far", {"x": np.zeros((2, 4), np.float32)})
+            np.testing.assert_array_equal(result["y"], np.ones((2, 4), np.float32))
+    finally:
+        server.terminate()
+        try:
+            server.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        log.close()

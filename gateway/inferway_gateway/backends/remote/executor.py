@@ -203,11 +203,15 @@ class RemoteExecutor:
             body = openai.encode_request(self._remote, request.inputs)
             return Call("POST", path, {**headers, "Content-Type": "application/json"}, (body,))
         arguments = (signature, request.inputs, request.outputs)
-        priority = request.priority if self._priorities else 0
+        said: dict[str, Any] = {
+            "binary": binary,
+            "priority": request.priority if self._priorities else 0,
+            "name": headers.get("X-Request-Id", ""),
+        }
         if request.nbytes > oip.LONG_BYTES and (not binary or _has_strings(request)):
-            buffers, length = await asyncio.to_thread(oip.encode_request, *arguments, binary=binary, priority=priority)
+            buffers, length = await asyncio.to_thread(oip.encode_request, *arguments, **said)
         else:
-            buffers, length = oip.encode_request(*arguments, binary=binary, priority=priority)
+            buffers, length = oip.encode_request(*arguments, **said)
         headers["Content-Type"] = "application/json" if length is None else "application/octet-stream"
         if length is not None:
             headers["Inference-Header-Content-Length"] = str(length)

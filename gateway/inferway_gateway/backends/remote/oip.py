@@ -87,26 +87,28 @@ def _specs(found: Any, what: str) -> tuple[TensorSpec, ...]:
 
 
 def encode_request(
-    signature: Signature, inputs: Arrays, outputs: Sequence[str], *, binary: bool, priority: int = 0
+    signature: Signature, inputs: Arrays, outputs: Sequence[str], *, binary: bool, priority: int = 0, name: str = ""
 ) -> tuple[list[Buffer], int | None]:
     """Write an inference request.
 
+    Args:
+        name: the request's ``id``; some of KServe's models fail without one.
     Returns:
         The buffers of the body and the length of its JSON part, None where it is all JSON.
     Raises:
         UpstreamError: a tensor has no form in JSON, which is all that the upstream takes.
     """
-    head: dict[str, Any] = {"inputs": []}
+    head: dict[str, Any] = {"id": name, "inputs": []} if name else {"inputs": []}
     tail: list[Buffer] = []
-    for name, value in inputs.items():
-        datatype = signature.input(name).datatype
-        tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(value.shape)}
+    for key, value in inputs.items():
+        datatype = signature.input(key).datatype
+        tensor: dict[str, Any] = {"name": key, "datatype": datatype, "shape": list(value.shape)}
         if binary:
             data = _to_binary(datatype, value)
             tensor["parameters"] = {"binary_data_size": len(data)}
             tail.append(data)
         else:
-            tensor["data"] = _to_json(name, datatype, value)
+            tensor["data"] = _to_json(key, datatype, value)
         head["inputs"].append(tensor)
     head["outputs"] = [{"name": n, "parameters": {"binary_data": True}} if binary else {"name": n} for n in outputs]
     if priority:
