@@ -14,14 +14,18 @@
 It speaks the contract for inference, metadata and health, so that everything between a program and the wire is the real
 SDK: checks, casts, binary tensors, errors, retries. `MockGateway.fail` makes the next requests fail the way a gateway's
 would, and `MockGateway.calls` tells what was asked.
+
+Models can be deployed to it too. Nothing is loaded: the function that a test has defined for the name answers for every
+version, and `MockGateway.deployed` has what was sent. `MockGateway.fail_deployment` makes the next one fail.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar, cast
 from urllib.parse import unquote
 
@@ -29,11 +33,15 @@ import httpx
 import numpy as np
 
 from inferway_contract import codes
+from inferway_contract.names import Step
 
 from ._client import AsyncInferway, Inferway
 from ._core import load_json
 from ._errors import InvalidInputError, MalformedAnswer
 from ._inputs import fit
+from ._mock_lifecycle import LifecycleRefusal, MockLifecycle
+from ._mock_lifecycle import MockDeployment as MockDeployment
+from ._onnx import NotOnnx, read_facts
 from ._options import Clock
 from ._signature import ModelMetadata, TensorSpec
 from ._tensors import Array, cast_to, frames, json_data, layout_of, quoted_names, read_outputs
@@ -69,7 +77,7 @@ class MockCall:
 @dataclass(frozen=True, slots=True)
 class _Model:
     metadata: ModelMetadata
-    function: Function
+    function: Function | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,24 @@ class MockGateway:
         self._api_key = api_key
         self._models: dict[tuple[str, str], _Model] = {}
         self._failures: deque[_Failure | Exception] = deque()
+        self._lifecycle = MockLifecycle(lambda name: [int(version) for known, version in self._models if known == name])
+
+    @property
+    def deployed(self) -> list[MockDeployment]:
+        """Every version that was deployed, oldest first, with its files."""
+        return list(self._lifecycle.deployed)
+
+    def fail_deployment(
+        self, *, step: Step = "admitted", code: str = "model_rejected", message: str = "made to fail by a test"
+    ) -> None:
+        """Let the next deployment fail.
+
+        Args:
+            step: at which it fails, such as ``compared``.
+            code: of the contract, such as ``golden_mismatch``.
+            message: the reason.
+        """
+        self._lifecycle.failures.append((step, code, message))
 
     def model(
         self, name: str, *, inputs: Tensors, outputs: Tensors, version: str | int = "1", optional: Sequence[str] = ()
@@ -219,7 +245,7 @@ class MockGateway:
                 response = self._failed(request, failure)
             else:
                 response = self._answer(request, seen)
-        except _Refused as refused:
+        except (_Refused, LifecycleRefusal) as refused:
             response = self._failed(request, _Failure(refused.status_code, refused.code, str(refused), None, False))
         self._remember(request, response.status_code, seen)
         response.headers["X-Request-Id"] = request.headers.get("x-request-id", "mock")
@@ -250,17 +276,28 @@ class MockGateway:
             return httpx.Response(200, json={"name": "mock", "version": "0", "extensions": ["binary_tensor_data"]})
         if segments[:2] == ["v2", "models"]:
             return self._of_models(request, segments[2:], seen)
+        if segments[:2] == ["api", "v1"]:
+            status, body = self._lifecycle.answer(
+                request.method, segments[2:], dict(request.url.params), request.headers, request.read()
+            )
+            return httpx.Response(status) if body is None else httpx.Response(status, json=body)
         raise _Refused(404, "not_found", f"the mock gateway has no {request.method} {request.url.path}")
 
     def _of_models(self, request: httpx.Request, segments: list[str], seen: dict[str, Any]) -> httpx.Response:
         if not segments:
-            return httpx.Response(200, json={"models": sorted({name for name, _ in self._models})})
-        name, rest = segments[0], segments[1:]
+            names = {name for name, _ in self._models} | self._lifecycle.names()
+            return httpx.Response(200, json={"models": sorted(names)})
+        name, _, alias = segments[0].partition("@")
+        rest = segments[1:]
         wanted: str | None = None
         if rest[:1] == ["versions"] and len(rest) > 1:
             wanted, rest = rest[1], rest[2:]
+        else:
+            pointed = self._lifecycle.resolve(name, alias or None)
+            wanted = None if pointed is None else str(pointed)
         model = self._found(name, wanted)
-        versions = sorted((version for known, version in self._models if known == name), key=int)
+        numbers = {int(version) for known, version in self._models if known == name}
+        versions = [str(version) for version in sorted(numbers.union(self._lifecycle.versions(name)))]
         if request.method == "GET" and not rest:
             return httpx.Response(200, json=_described(model.metadata, versions))
         if request.method == "GET" and rest == ["ready"]:
@@ -272,13 +309,27 @@ class MockGateway:
 
     def _found(self, name: str, version: str | None) -> _Model:
         versions = {known: model for (owner, known), model in self._models.items() if owner == name}
-        if not versions:
+        deployed = {str(number): number for number in self._lifecycle.versions(name)}
+        if not versions and not deployed:
             raise _Refused(404, "model_not_found", f"Request for unknown model: '{name}' is not found")
-        if version is None:
-            return versions[max(versions, key=int)]
-        if version not in versions:
-            raise _Refused(404, "version_not_found", f"'{name}' version {version} is not found")
-        return versions[version]
+        wanted = max({*versions, *deployed}, key=int) if version is None else version
+        if wanted in versions:
+            return versions[wanted]
+        if wanted not in deployed:
+            raise _Refused(404, "version_not_found", f"'{name}' version {wanted} is not found")
+        if versions:
+            nearest = versions[max(versions, key=int)]
+            return _Model(replace(nearest.metadata, versions=(wanted,)), nearest.function)
+        return _Model(_signature(name, wanted, self._lifecycle.model_file(name, deployed[wanted])), None)
+
+
+def _signature(name: str, version: str, file: bytes | None) -> ModelMetadata:
+    """What the file of a deployed version says that it takes; nothing where it cannot be read."""
+    known: ModelMetadata | None = None
+    with contextlib.suppress(NotOnnx):
+        known = None if file is None else read_facts(file).signature
+    inputs, outputs = ((), ()) if known is None else (known.inputs, known.outputs)
+    return ModelMetadata(name=name, versions=(version,), platform="mock", inputs=inputs, outputs=outputs)
 
 
 def _described(metadata: ModelMetadata, versions: list[str]) -> dict[str, Any]:
@@ -316,6 +367,11 @@ def _inferred(model: _Model, request: httpx.Request, seen: dict[str, Any]) -> ht
         raise _Refused(400, "invalid_tensor", str(error)) from error
     parameters: dict[str, Any] = head.get("parameters") or {}
     seen.update(inputs=inputs, parameters=parameters, id=head.get("id"))
+    if model.function is None:
+        name = model.metadata.name
+        raise _Refused(
+            503, "model_not_ready", f"the mock loads no models; define what answers: @gateway.model({name!r}, …)"
+        )
     try:
         given = model.function(dict(inputs))
     except Exception as error:

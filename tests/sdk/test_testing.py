@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import inferway
+import models
 from inferway.testing import MockGateway
 from scripted import Side
 
@@ -142,3 +144,93 @@ def test_an_http_client_made_by_hand_may_end_in_it(gateway: MockGateway) -> None
         }
         assert client.post("/v2/models/double/infer", json=unknown, headers=headers).status_code == 400
         assert client.get("/v2/models/double/nothing", headers=headers).status_code == 404
+
+
+# --- the life of models ------------------------------------------------------------------------------------------
+
+
+def add(amount: float) -> bytes:
+    return models.add_one(size=2, increment=amount)
+
+
+async def test_a_model_is_deployed_to_the_mock(mocked: Mocked, gateway: MockGateway) -> None:
+    client = mocked.of(gateway)
+    deployment = await mocked(
+        lambda: client.models.deploy(add(1), name="churn", labels={"a": "b"}, golden=[([[1, 2]], [[2, 3]])])
+    )
+    assert (deployment.state, deployment.version, deployment.version_record.labels) == ("succeeded", 1, {"a": "b"})
+    [sent] = gateway.deployed
+    assert (sent.model, sent.version, sent.alias, sent.labels) == ("churn", 1, "stable", {"a": "b"})
+    assert sent.files["model.onnx"] == add(1)
+    assert set(sent.files) == {"model.onnx", "golden.json"}
+    again = await mocked(lambda: client.models.deploy(add(1), name="churn", golden=[([[1, 2]], [[2, 3]])]))
+    assert (again.version, again.reused, len(gateway.deployed)) == (1, True, 1)
+    # Its signature is known; what it answers is for the test to say.
+    assert (await mocked(lambda: client.models.get("churn"))).inputs[0].name == "x"
+    with pytest.raises(inferway.ModelNotReadyError, match="define what answers"):
+        await mocked(lambda: client.infer("churn", [[1, 2]]))
+
+
+async def test_a_function_answers_for_every_version_of_its_name(mocked: Mocked, gateway: MockGateway) -> None:
+    client = mocked.of(gateway)
+    deployment = await mocked(lambda: client.models.deploy(add(1), name="double", alias="canary"))
+    assert deployment.version == 2
+    assert (await mocked(lambda: client.infer("double@canary", [[1, 2]]))).model_version == "2"
+    assert (await mocked(lambda: client.infer("double", [[1, 2]], version=1))).model_version == "1"
+    assert (await mocked(lambda: deployment.handle.predict([[1, 2]]))).tolist() == [[2, 4]]
+    with pytest.raises(inferway.AliasNotFoundError):
+        await mocked(lambda: client.infer("double@beta", [[1, 2]]))
+    with pytest.raises(inferway.VersionNotFoundError):
+        await mocked(lambda: client.infer("double", [[1, 2]], version=9))
+
+
+async def test_a_deployment_is_made_to_fail(mocked: Mocked, gateway: MockGateway) -> None:
+    client = mocked.of(gateway)
+    gateway.fail_deployment(step="compared", code="golden_mismatch", message="differs")
+    with pytest.raises(inferway.DeploymentFailedError) as raised:
+        await mocked(lambda: client.models.deploy(add(1), name="churn"))
+    assert (raised.value.step, raised.value.code, raised.value.message) == ("compared", "golden_mismatch", "differs")
+    assert raised.value.deployment.step == "warmed"
+    assert gateway.deployed == []
+    with pytest.raises(inferway.ModelNotFoundError):
+        await mocked(lambda: client.models.describe("churn"))
+    [record] = await mocked(lambda: client.models.deployments("churn"))
+    assert (await mocked(lambda: client.models.deployment(record.id))).state == "failed"
+
+
+async def test_aliases_versions_and_events_live_in_the_mock(mocked: Mocked, gateway: MockGateway) -> None:
+    client = mocked.of(gateway)
+    for amount in (1, 2):
+        await mocked(partial(client.models.deploy, add(amount), name="churn"))
+    with pytest.raises(inferway.ConflictError):
+        await mocked(lambda: client.models.delete("churn", 2))
+    alias = await mocked(lambda: client.models.set_alias("churn", "stable", {1: 95, 2: 5}, guard=True, shadow=2))
+    assert (alias.revision, alias.guard.min_requests, alias.shadow.share) == (3, 50, 1.0)
+    assert (await mocked(lambda: client.models.get("churn"))).name == "churn"
+    with pytest.raises(inferway.ConflictError):
+        await mocked(lambda: client.models.set_alias("churn", "stable", 1, expected_revision=1))
+    assert (await mocked(lambda: client.models.rollback("churn"))).weights == {"2": 100}
+    await mocked(lambda: client.models.set_alias("churn", "beta", 1))
+    with pytest.raises(inferway.ConflictError):
+        await mocked(lambda: client.models.rollback("churn", "beta"))
+    assert (await mocked(lambda: client.models.alias("churn", "beta"))).weights == {"1": 100}
+    await mocked(lambda: client.models.delete_alias("churn", "beta"))
+    assert len(await mocked(lambda: client.models.aliases("churn"))) == 1
+    assert (await mocked(lambda: client.models.update("churn", 1, pinned=True))).pinned
+    await mocked(lambda: client.models.delete("churn", 1))
+    with pytest.raises(inferway.VersionNotFoundError):
+        await mocked(lambda: client.models.version("churn", 1))
+    kinds = [event.kind for event in await mocked.all(client.models.events("churn", page_size=2))]
+    assert kinds[:3] == ["version_deleted", "alias_deleted", "alias_set"]
+    assert len(kinds) == len(await mocked.all(client.models.events()))
+    assert [model.name for model in await mocked(lambda: client.models.catalog())] == ["churn"]
+    await mocked(lambda: client.models.delete("churn"))
+    assert await mocked(lambda: client.models.catalog()) == []
+    with pytest.raises(inferway.ModelNotFoundError):
+        await mocked(lambda: client.models.set_alias("churn", "stable", 1))
+
+
+async def test_the_mock_knows_no_other_routes_of_the_gateway(mocked: Mocked, gateway: MockGateway) -> None:
+    client = mocked.of(gateway)
+    with pytest.raises(inferway.NotFoundError):
+        await mocked(lambda: client.keys.self())

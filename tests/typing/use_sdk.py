@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, assert_type
 
 import numpy as np
@@ -10,8 +11,12 @@ from numpy.typing import NDArray
 from inferway import (
     APIStatusError,
     APITimeoutError,
+    AsyncDeployment,
     AsyncInferway,
     AsyncModelHandle,
+    DeployEvent,
+    Deployment,
+    DeploymentFailedError,
     InferenceResult,
     Inferway,
     InferwayError,
@@ -24,8 +29,17 @@ from inferway import (
     RetryPolicy,
     Timeout,
 )
-from inferway.testing import MockGateway
-from inferway_contract.models import KeyCreated, KeyRecord, ModelStat, RepositoryIndexEntry
+from inferway.testing import MockDeployment, MockGateway
+from inferway_contract.models import (
+    Alias,
+    CatalogModel,
+    Event,
+    KeyCreated,
+    KeyRecord,
+    ModelStat,
+    ModelVersion,
+    RepositoryIndexEntry,
+)
 
 
 def before(event: RequestEvent) -> dict[str, str]:
@@ -73,6 +87,40 @@ def synchronous() -> None:
         assert_type(client.with_options(timeout=None, on_request=before), Inferway)
 
 
+def lifecycle(client: Inferway) -> None:
+    def told(event: DeployEvent) -> None:
+        assert_type(event.file, str | None)
+
+    golden = [({"x": np.zeros(3)}, {"y": [1.0]})]
+    deployment = client.models.deploy(
+        "model.onnx", name="m", alias=None, labels={"a": "b"}, golden=golden, isolation="worker", batching=False,
+        progress=told, timeout=None,
+    )  # fmt: skip
+    assert_type(deployment, Deployment)
+    assert_type(deployment.version, int)
+    assert_type(deployment.version_record, ModelVersion | None)
+    assert_type(deployment.handle, ModelHandle)
+    for step in deployment.watch():
+        assert_type(step, str)
+    assert_type(deployment.wait(5).cancel().refresh(), Deployment)
+    client.models.deploy(b"", name="m")
+    client.models.deploy(Path("folder"), name="m", golden=Path("golden.json"))
+    assert_type(client.models.deployments("m"), list[Deployment])
+    assert_type(client.models.describe("m"), CatalogModel)
+    assert_type(client.models.catalog(), list[CatalogModel])
+    assert_type(client.models.versions("m"), list[ModelVersion])
+    assert_type(client.models.set_alias("m", "stable", {3: 95, 4: 5}, sticky="key", fallback=[2], guard=True), Alias)
+    assert_type(client.models.rollback("m"), Alias)
+    for event in client.models.events("m"):
+        assert_type(event, Event)
+    assert_type(client.with_raw_response.models.describe("m"), RawResponse[CatalogModel])
+    try:
+        deployment.wait()
+    except DeploymentFailedError as error:
+        assert_type(error.step, str | None)
+        assert_type(error.code, str)
+
+
 def errors(client: Inferway) -> None:
     try:
         client.infer("m", [1])
@@ -107,6 +155,13 @@ async def asynchronous() -> None:
         assert_type(await client.models.list(), list[str])
         async for record in client.keys.list():
             assert_type(record, KeyRecord)
+        deployment = await client.models.deploy("model.onnx", name="m", wait=False)
+        assert_type(deployment, AsyncDeployment)
+        async for step in deployment.watch():
+            assert_type(step, str)
+        assert_type(await deployment.wait(), AsyncDeployment)
+        async for event in client.models.events():
+            assert_type(event, Event)
         raw = await client.with_raw_response.models.get("m")
         assert_type(raw, RawResponse[ModelMetadata])
         assert_type((await client.with_raw_response.health.ready()).parse(), bool)
@@ -120,6 +175,8 @@ def own_tests() -> None:
         return {"y": inputs["x"] * 2}
 
     assert_type(double({"x": np.zeros(1)}), dict[str, NDArray[Any]])
+    assert_type(gateway.deployed, list[MockDeployment])
+    gateway.fail_deployment(step="compared")
     with gateway.client() as client:
         assert_type(client, Inferway)
 
@@ -130,5 +187,7 @@ def mistakes(client: Inferway) -> None:
     client.infer("m", [1], timeout="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     client.infer(5, [1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     client.keys.create("n", ["fly"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    client.models.deploy("m.onnx")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client.models.deploy("m.onnx", name="m", isolation="none")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     client.with_raw_response.models.get()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.model("m").map([1], on_error="hide")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
