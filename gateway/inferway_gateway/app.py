@@ -43,6 +43,7 @@ from .front.hub import Hub
 from .http import routes_aliases, routes_blobs, routes_docs, routes_keys, routes_models, routes_oip
 from .http.alias_metrics import AliasMetrics
 from .http.application import GatewayApplication, InferRoute
+from .http.budget_metrics import BudgetMetrics
 from .http.elsewhere_metrics import Elsewhere
 from .http.logs import access_log
 from .http.metrics import Metrics
@@ -311,6 +312,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             stack.push_async_callback(_end, tidying)
             await _check_exposure(settings, keys.service)
             metrics = Metrics(lambda: ((s.name, s.version, s.stats, True) for s in registry.served()), app.edge_stats)
+            metrics.add(BudgetMetrics(managed.budget))
             metrics.add(Elsewhere(remote.stats, lambda: _pipelines(registry)))
             metrics.add(AliasMetrics(router.aliases))
             metrics.add(WorkerMetrics(lambda: _worker_sessions(registry), capabilities().missing))

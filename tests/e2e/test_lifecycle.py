@@ -44,7 +44,8 @@ def test_a_model_is_deployed_by_plain_http_and_answers(deployed: LiveGateway) ->
     assert (answer["version"], answer["state"], answer["alias"], answer["reused"]) == (1, "running", "stable", False)
     ended, seen = watch(deployed, answer)
     assert ended["state"] == "succeeded", ended
-    assert seen == STEPS[STEPS.index(seen[0]) :]
+    assert seen == [step for step in STEPS if step in seen]  # two may pass between two looks
+    assert seen[-1] == "ready"
     assert infer(deployed, "plain") == (200, 2.0, "1")
     assert infer(deployed, "plain@stable") == (200, 2.0, "1")
     assert infer(deployed, "plain/versions/1") == (200, 2.0, "1")
@@ -418,7 +419,7 @@ def test_swaps_under_load_lose_no_request_and_mix_no_versions(deployed: LiveGate
         for asker in askers:
             asker.join(30)
     assert len(answers) > 30
-    for status, got, version in answers:
+    for status, got, answered_by in answers:
         assert status == 200, got
-        assert version is not None
-        assert got == 1.0 + increments[version]
+        assert answered_by is not None
+        assert got == 1.0 + increments[answered_by]

@@ -41,7 +41,6 @@ from .catalog import (
     Catalog,
     DeploymentRecord,
     FileRef,
-    Footprint,
     Isolation,
     Kind,
     Snapshot,
@@ -508,10 +507,7 @@ class _Course:
         served = await self._managed.stage(record)
         await self._done(Step.LOADED)
         await warm_up(served)
-        footprint = await measure(served)
-        if footprint is not None:
-            self._managed.measured(record, footprint)
-            self._record = replace(record, footprint=footprint)
+        self._record = replace(record, footprint=self._managed.footprint(record.model, record.version))
         await self._done(Step.WARMED)
         await compare(served.batcher, examples)
         await self._done(Step.COMPARED)
@@ -640,9 +636,3 @@ async def warm_up(served: ServedVersion) -> None:
     with suppress(ModelExecutionError):
         if served.batcher.run_inline(request) is None:
             await served.batcher.infer(request)
-
-
-async def measure(served: ServedVersion) -> Footprint | None:
-    """What a version's worker takes; None where it has none of its own. May block a thread for a moment."""
-    footprint: Callable[[], Footprint] | None = getattr(served.session, "footprint", None)
-    return None if footprint is None else await asyncio.to_thread(footprint)

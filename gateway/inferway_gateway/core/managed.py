@@ -183,8 +183,8 @@ class ManagedVersions:
         return ("UNLOADED", UNLOADED) if found is None else (found.status, found.reason)
 
     def footprint(self, name: str, version: int) -> Footprint | None:
-        """What a loaded version was measured to need in this process; None where it was not."""
-        found = self._versions.get((name, version))
+        """What a loaded version, staged ones too, was measured to need; None where it was not."""
+        found = self._staged.get((name, version)) or self._versions.get((name, version))
         return None if found is None else found.footprint
 
     def loaded(self) -> Iterator[ServedVersion]:
@@ -350,20 +350,6 @@ class ManagedVersions:
                 await asyncio.shield(ending)
             raise
         return served
-
-    def measured(self, record: VersionRecord, footprint: Footprint) -> None:
-        """What a staged version was measured to need.
-
-        Raises:
-            MemoryExceededError: more than it may ever have.
-        """
-        key = record.model, record.version
-        found = self._staged.get(key) or self._versions.get(key)
-        if found is not None:
-            found.footprint = footprint
-            self.budget.resize(key, footprint.peak_bytes)
-            self.budget.check(key, footprint.peak_bytes, how="measured")
-            self._unload(self.budget.trim(spare=self._spared(found)))
 
     async def discard(self, record: VersionRecord) -> None:
         """Unload a staged version. Does nothing where it is not staged any more."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Final, Protocol, Self
 
 from .backend import Artifact, Backend, Session
-from .catalog import Isolation, Kind, VersionRecord
+from .catalog import Footprint, Isolation, Kind, VersionRecord
 from .errors import ModelLoadError
 from .execution import Executor
 from .managed import Opened
@@ -93,10 +93,16 @@ class VersionOpener:
             if not work.cancel():
                 work.add_done_callback(_close_orphan)
             raise
-        return Opened(artifact.config, session)
+        return Opened(artifact.config, session, footprint=_footprint(session))
 
     async def close(self, session: Session) -> None:
         await asyncio.to_thread(session.close)
+
+
+def _footprint(session: Session) -> Footprint | None:
+    """What the session's own process takes; None where it has none, or the system does not tell."""
+    measured: Callable[[], Footprint | None] | None = getattr(session, "footprint", None)
+    return None if measured is None else measured()
 
 
 def _close_orphan(work: Future[Session]) -> None:
