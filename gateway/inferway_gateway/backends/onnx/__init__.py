@@ -1,6 +1,13 @@
 """Running ONNX models in this process, on ONNX Runtime."""
 
-from .backend import OnnxBackend
-from .session import OnnxSession
+import os
+
+# Read by the runtime when it is imported, so it has to be said before. Builds since 1.32 else give the machine an id,
+# keep a database of what was loaded under the user's cache directory, and send it to the vendor. What models a gateway
+# serves is nobody's business; whoever wants to tell sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+from .backend import OnnxBackend  # noqa: E402  # after the variable
+from .session import OnnxSession  # noqa: E402
 
 __all__ = ["OnnxBackend", "OnnxSession"]

@@ -154,6 +154,7 @@ class ForkServer:
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             "MALLOC_ARENA_MAX": "4",
+            "ORT_DISABLE_TELEMETRY": "1",
         }
         command = [sys.executable, "-P", "-s", "-m", _MODULE, str(theirs.fileno()), str(os.getpid())]
         try:
