@@ -228,6 +228,8 @@ class Batcher:
         self._inline_trusted = config.session.inline is True
         self._inline_strikes = 0
         self._inline_struck_at = 0
+        if self._isolated is not None:
+            self._isolated.watch(lambda: runners.call(self._capacity_changed))
 
     @property
     def signature(self) -> Signature:
