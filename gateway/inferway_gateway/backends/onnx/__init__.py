@@ -7,7 +7,7 @@ import os
 # serves is nobody's business; whoever wants to tell sets the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-from .backend import OnnxBackend  # noqa: E402  # after the variable
-from .session import OnnxSession  # noqa: E402
+from .backend import OnnxBackend  # after the variable
+from .session import OnnxSession
 
 __all__ = ["OnnxBackend", "OnnxSession"]
