@@ -151,7 +151,7 @@ class Inferway:
     as a context manager, to close its connections; one that is dropped closes them by itself.
 
     Attributes:
-        models: which models there are, and loading and unloading them.
+        models: which models there are, and their life: deploying, versions, aliases, deleting.
         keys: API keys and their life.
         health: is the gateway there?
     """
@@ -322,7 +322,7 @@ class AsyncInferway:
     context manager, to close its connections; one that is dropped closes them by itself, and so does a loop that ends.
 
     Attributes:
-        models: which models there are, and loading and unloading them.
+        models: which models there are, and their life: deploying, versions, aliases, deleting.
         keys: API keys and their life.
         health: is the gateway there?
     """

@@ -374,6 +374,17 @@ async def test_blobs_that_were_cleared_away_are_sent_again(side: Side, client: A
     assert len(gateway.puts()) == 2
 
 
+async def test_where_nobody_knows_whether_it_has_begun_the_error_says_so(
+    side: Side, client: Any, gateway: FakeLifecycle
+) -> None:
+    answer = gateway.answer
+    gateway.server.otherwise = lambda seen: Answer(raw=b"") if seen.method == "POST" else answer(seen)
+    with pytest.raises(inferway.APIConnectionError) as raised:
+        await side(lambda: client.models.deploy(MODEL, name="churn"))
+    assert "client.models.deployments('churn') lists it" in raised.value.__notes__[-1]
+    assert sum(seen.method == "POST" for seen in gateway.server.seen) == 1
+
+
 async def test_an_upload_that_takes_too_long_ends(side: Side, gateway: FakeLifecycle) -> None:
     client = side.client(gateway.server.url)
     gateway.refuse = [Answer(hang=True)]

@@ -27,7 +27,14 @@ from .._calls import (
 )
 from .._core import Plan, refuse_awaitable
 from .._engine import AsyncEngine, SyncEngine, logger
-from .._errors import APIError, APITimeoutError, BlobNotFoundError, ConfigurationError, DeploymentFailedError
+from .._errors import (
+    APIConnectionError,
+    APIError,
+    APITimeoutError,
+    BlobNotFoundError,
+    ConfigurationError,
+    DeploymentFailedError,
+)
 from .._golden import GOLDEN_FILE, Golden, golden_json
 from .._options import NO_RETRY, RequestOptions, Timeout
 from .._package import ModelSource, Package, Source, pack
@@ -181,7 +188,7 @@ class _Deployment:
         if left is not None and left <= 0:
             at = f" after the step '{self.step}'" if self.step else ""
             raise APITimeoutError(
-                f"deployment {self.id} of {self.model} still runs{at}, {timeout:g} s are over; it goes on, and "
+                f"deployment {self.id} of {self.model} still runs{at}, and the time for it is over; it goes on, and "
                 f"client.models.deployment({self.id!r}) watches it",
                 retryable=True,
                 elapsed=timeout,
@@ -444,6 +451,13 @@ class Job:
         ]
         return {"files": files, **self._body}
 
+    def unsure(self, error: APIConnectionError) -> None:
+        """Say what to do where nobody knows whether the gateway has begun."""
+        if error.sent:
+            error.add_note(
+                f"the gateway may have begun all the same: client.models.deployments({self.name!r}) lists it"
+            )
+
     def created(self, record: Record) -> None:
         self.report(DeployEvent("created", deployment_id=record.id))
 
@@ -475,12 +489,16 @@ def deploy(engine: SyncEngine, job: Job, model: ModelSource, wait: bool) -> Depl
         hashing.tell()
         digests[source.path] = hashing.digest
     _send_all(engine, job, package, digests)
+    call = create_call(job.name, job.body(package, digests))
     try:
-        record = engine.send(create_call(job.name, job.body(package, digests)), job.short())
+        record = engine.send(call, job.short())
     except BlobNotFoundError:
         # What was there a moment ago was cleared away before the version could hold it.
         _send_all(engine, job, package, digests)
-        record = engine.send(create_call(job.name, job.body(package, digests)), job.short())
+        record = engine.send(call, job.short())
+    except APIConnectionError as error:
+        job.unsure(error)
+        raise
     job.created(record)
     deployment = Deployment(engine, record, job.report)
     return deployment.wait(job.left()) if wait else deployment
@@ -543,11 +561,15 @@ async def deploy_async(engine: AsyncEngine, job: Job, model: ModelSource, wait: 
         hashing.tell()
         digests[source.path] = hashing.digest
     await _send_all_async(engine, job, package, digests)
+    call = create_call(job.name, job.body(package, digests))
     try:
-        record = await engine.send(create_call(job.name, job.body(package, digests)), job.short())
+        record = await engine.send(call, job.short())
     except BlobNotFoundError:
         await _send_all_async(engine, job, package, digests)
-        record = await engine.send(create_call(job.name, job.body(package, digests)), job.short())
+        record = await engine.send(call, job.short())
+    except APIConnectionError as error:
+        job.unsure(error)
+        raise
     job.created(record)
     deployment = AsyncDeployment(engine, record, job.report)
     return await deployment.wait(job.left()) if wait else deployment
