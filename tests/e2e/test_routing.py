@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +152,41 @@ def test_fronts_share_out_fall_back_and_are_guarded(fronts: Inferway) -> None:
     until(taken_back)
     traffic = fronts.models.alias("behind", "stable").traffic["2"]
     assert traffic.errors == traffic.fallbacks > 0
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes that a process started, and those that these did."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def test_a_canary_whose_processes_die_is_answered_for_and_taken_back(tmp_path: Path) -> None:
+    repository = models.write_repository(tmp_path / "models", {"resident": models.add_one()})
+    with ExitStack() as stack:
+        gateway = stack.enter_context(run_gateway(repository, tmp_path / "state"))
+        client = stack.enter_context(Inferway(gateway.url, api_key=gateway.admin_key))
+        client.models.deploy(models.add_one(4), name="mortal", progress=False)
+        others = descendants(gateway.process.pid)
+        client.models.deploy(models.add_one(4, 1.5), name="mortal", alias=None, progress=False)
+        assert descendants(gateway.process.pid) - others, "a deployed version has a process of its own"
+        client.models.set_alias("mortal", "stable", {1: 50, 2: 50}, fallback=[1])
+
+        def taken_back() -> bool:
+            for pid in descendants(gateway.process.pid) - others:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for _ in range(4):
+                client.infer("mortal", GOOD)  # raises where a caller is given an error
+            return client.models.alias("mortal", "stable").weights["2"] == 0
+
+        until(taken_back)
+        told = [event for event in client.models.events("mortal") if event.kind == "auto_rolled_back"]
+        assert [(event.version, event.detail["reason"]) for event in told] == [(2, "breaker_open")]
+        assert {client.infer("mortal", GOOD).model_version for _ in range(8)} == {"1"}
