@@ -77,6 +77,10 @@ class MemoryBudget:
     def pinned_bytes(self) -> int:
         return sum(h.nbytes for h in self._held.values() if h.pinned and h.state != "leaving")
 
+    def held_bytes(self, which: Callable[[Key], bool]) -> int:
+        """What some of the versions hold that are not leaving."""
+        return sum(h.nbytes for key, h in self._held.items() if h.state != "leaving" and which(key))
+
     def holding(self, key: Key) -> Holding | None:
         return self._held.get(key)
 

@@ -490,6 +490,13 @@ class ManagedVersions:
     async def _make_room(self, found: _Version, need: int) -> None:
         """Reserve memory, and wait until those that leave for it have."""
         key, record = found.key, found.record
+        if found.staged:
+            kept = self.budget.held_bytes(partial(self._serves_on, record.model))
+            if need + kept > self.budget.limit_bytes:
+                raise MemoryExceededError(
+                    f"'{key[0]}' version {key[1]} needs {need} bytes of memory; what the aliases of '{key[0]}' point "
+                    f"at holds {kept} of the budget of {self.budget.limit_bytes} bytes and serves until they move"
+                )
         end = self._clock() + _ROOM_WAIT_S
         while True:
             # Cleared first: what changes between a failed try and the wait is not missed.
@@ -523,7 +530,10 @@ class ManagedVersions:
         if not found.staged:
             return lambda key: key == found.key or key in self._staged
         model = found.record.model
-        return lambda key: key in self._staged or (key[0] == model and key in self._ahead)
+        return lambda key: key in self._staged or self._serves_on(model, key)
+
+    def _serves_on(self, model: str, key: Key) -> bool:
+        return key[0] == model and key in self._ahead
 
     def _unload(self, keys: Collection[Key]) -> list[asyncio.Task[None]]:
         """Take versions out of reach now, and out of memory in tasks of their own, which are returned."""
