@@ -118,6 +118,9 @@ def test_an_alias_that_names_a_version_keeps_it_from_being_deleted(two: list[Inf
             here.models.delete("named", 2)
     here.models.set_alias("named", "stable", 1)
     here.models.delete("named", 2)
+    with pytest.raises(Exception, match="a version that it named is deleted") as caught:
+        here.models.rollback("named")
+    assert getattr(caught.value, "status_code", None) == 409
 
 
 @pytest.fixture(scope="module")

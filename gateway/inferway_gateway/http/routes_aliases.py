@@ -101,10 +101,16 @@ async def roll_back(request: Request) -> Response:
         )
     how: dict[str, Any] = {"by": caller(request), "kind": "rolled_back", "expected_revision": record.revision}
     try:
-        record = await catalog.set_alias(model, alias, previous, **how)
-    except ModelNotFoundError:
-        check_spec(model, previous, await _versions(request))
-        record = await catalog.set_alias(model, alias, previous, **how, checked=True)
+        try:
+            record = await catalog.set_alias(model, alias, previous, **how)
+        except ModelNotFoundError:
+            check_spec(model, previous, await _versions(request))
+            record = await catalog.set_alias(model, alias, previous, **how, checked=True)
+    except VersionNotFoundError:
+        raise ConflictError(
+            f"expected what '{alias}' was before its last change to be there still, "
+            "a version that it named is deleted; point the alias at one that there is"
+        ) from None
     _router(request).put(record)
     return _json(alias_body(request.scope["state"], record))
 
