@@ -209,7 +209,6 @@ class UpstreamPool:
             DeadlineExceededError: the deadline came first.
         """
         rules = _Rules(self, lanes, deadline)
-        self._budget.deposit()
         try:
             async for attempt in tenacity.AsyncRetrying(
                 retry=rules.retry, wait=rules.wait, stop=rules.stop, before_sleep=rules.again, reraise=True
@@ -407,6 +406,8 @@ class _Rules:
             raise ModelFailingError(
                 f"no endpoint of upstream '{self._pool.spec.name}' takes requests now", retry_after_s=max(wait_s, 0.1)
             )
+        if not self.tried:
+            self._pool._budget.deposit()  # not before: who is turned away here makes no room for retries of others
         self.tried.append(lane)
         return lane
 
