@@ -109,6 +109,8 @@ class DeploymentFailedError(InferwayError):
 
     def __str__(self) -> str:
         at = f" at the step '{self.step}'" if self.step is not None else ""
+        if self.code == "cancelled":
+            return f"{_shown(self.deployment)} was cancelled{at}"
         return f"{_shown(self.deployment)} failed{at}: {self.message} ({self.code})"
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -231,6 +231,21 @@ async def test_a_deployment_is_watched_from_anywhere(side: Side, client: Any, na
         await side(lambda: client.models.deployment("0" * 24))
 
 
+async def test_a_deployment_that_would_never_end_is_cancelled(side: Side, client: Any, name: str) -> None:
+    deployment = await side(lambda: client.models.deploy(models.endless(), name=name, wait=False))
+    watching = deployment.watch(60)
+    while (await side(lambda: anext(watching) if side.kind == "async" else next(watching))) != "admitted":
+        pass
+    assert deployment.state == "running"
+    await side(lambda: deployment.cancel())
+    with pytest.raises(DeploymentFailedError) as raised:
+        await side(lambda: deployment.wait(60))
+    assert (raised.value.code, deployment.state) == ("cancelled", "cancelled")
+    assert f"deployment {deployment.id} of {name} was cancelled" in str(raised.value)
+    with pytest.raises(inferway.ModelNotFoundError):
+        await side(lambda: client.models.describe(name))
+
+
 async def test_a_canary_is_tried_taken_back_and_remembered(side: Side, client: Any, name: str) -> None:
     await side(lambda: client.models.deploy(adds(1), name=name))
     await side(lambda: client.models.deploy(adds(2), name=name, alias="canary"))
