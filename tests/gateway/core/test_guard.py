@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferway_gateway.core.catalog import AliasRecord, AliasSpec, Guard
@@ -320,6 +320,7 @@ def test_an_alias_that_is_gone_is_not_watched_any_more() -> None:
     assert traffic.watch.p95_s("churn", "stable", 4) is None
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.floats(1e-5, 60), min_size=1, max_size=300))
 def test_the_percentile_is_off_by_no_more_than_its_bucket(values: list[float]) -> None:
     histogram = Histogram(REQUEST_BOUNDS)

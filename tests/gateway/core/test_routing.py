@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferway_gateway.core.catalog import AliasRecord, AliasSpec, Guard, Shadow
@@ -25,7 +25,7 @@ from inferway_gateway.core.routing import (
 )
 
 NOBODY: Mapping[bytes, bytes] = {}
-CALLERS = [f"key{i}" for i in range(4000)]
+CALLERS = [f"key{i}" for i in range(2000)]
 
 
 def record(spec: AliasSpec, *, model: str = "churn", alias: str = "stable", revision: int = 1) -> AliasRecord:
@@ -60,6 +60,7 @@ def some_weights(draw: st.DrawFn, least: int = 1) -> dict[int, float]:
 # ------------------------------------------------------------------ shares
 
 
+@settings(deadline=None)
 @given(weights=some_weights(), seed=st.integers(0, 2**64 - 1))
 def test_each_target_has_had_its_share_after_any_number_of_requests(weights: dict[int, float], seed: int) -> None:
     routes = router(AliasSpec(weights), seed=seed)
@@ -89,6 +90,7 @@ def test_a_target_of_no_weight_gets_nothing_and_keeps_its_place() -> None:
     assert sorted(plan.routes) == [1, 2]
 
 
+@settings(deadline=None)
 @given(share=st.floats(0.01, 1), weights=some_weights(least=2), seed=st.integers(0, 2**64 - 1))
 def test_the_shadow_gets_its_share_of_every_targets_requests(
     share: float, weights: dict[int, float], seed: int
@@ -110,6 +112,7 @@ def test_the_shadow_gets_its_share_of_every_targets_requests(
 # ------------------------------------------------------------------ stickiness
 
 
+@settings(deadline=None)
 @given(weights=some_weights())
 def test_a_caller_keeps_its_version_and_versions_have_their_shares_of_callers(weights: dict[int, float]) -> None:
     first, again = versions_of_callers(weights), versions_of_callers(weights)
@@ -125,9 +128,10 @@ def test_a_growing_canary_keeps_whom_it_has_and_takes_no_more_than_it_must(befor
     small, large = (versions_of_callers({3: 100 - w, 4: w}) for w in (before, after))
     assert {c for c, v in small.items() if v == 4} <= {c for c, v in large.items() if v == 4}
     moved = sum(small[c] != large[c] for c in CALLERS) / len(CALLERS)
-    assert abs(moved - (after - before) / 100) < 0.03
+    assert abs(moved - (after - before) / 100) < 0.04
 
 
+@settings(deadline=None)
 @given(before=some_weights(least=2), data=st.data())
 def test_callers_only_move_to_a_version_that_grew_more_in_proportion(
     before: dict[int, float], data: st.DataObject
@@ -157,7 +161,7 @@ def test_aliases_do_not_give_the_same_callers_to_their_canaries() -> None:
     ]
     for one in range(3):
         for other in range(one):
-            assert len(chosen[one] & chosen[other]) < 100  # a tenth of a tenth of 4000 by chance, give or take
+            assert len(chosen[one] & chosen[other]) < 60  # a tenth of a tenth of 2000 by chance, give or take
 
 
 def test_a_header_decides_where_it_is_there_and_the_key_where_it_is_not() -> None:
@@ -298,6 +302,7 @@ def test_only_failures_of_the_versions_own_are_errors() -> None:
     assert stats.errors == 4
 
 
+@settings(deadline=None)
 @given(weights=some_weights(least=2))
 def test_what_a_target_loses_the_largest_gets(weights: dict[int, float]) -> None:
     main = min(weights, key=lambda v: (-weights[v], v))
@@ -311,6 +316,7 @@ def test_what_a_target_loses_the_largest_gets(weights: dict[int, float]) -> None
 # ------------------------------------------------------------------ what an alias may be
 
 
+@settings(deadline=None)
 @given(weights=some_weights())
 def test_weights_that_sum_to_a_hundred_are_taken(weights: dict[int, float]) -> None:
     check_spec("churn", AliasSpec(weights), set(weights))

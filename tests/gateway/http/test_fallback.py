@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferway_gateway.core import errors
@@ -162,6 +162,7 @@ def expected(outcomes: Sequence[str]) -> tuple[int | None, list[int]]:
     return None, ran
 
 
+@settings(deadline=None)
 @given(outcomes=st.lists(st.sampled_from(OUTCOMES), min_size=1, max_size=5))
 def test_the_first_of_the_chain_that_can_answers(outcomes: list[str]) -> None:
     result = ask(outcomes)
