@@ -20,6 +20,7 @@ import numpy as np
 from ...core.catalog import Footprint
 from ...core.errors import ModelLoadError
 from ...core.tensors import Signature
+from ..footprint import MemoryWatch
 from . import messages
 from .arena import Arena
 from .description import REPORT_BYTES, Order, Report, write_order
@@ -69,6 +70,11 @@ class WorkerProcess:
         """Another one has its place; it ends with its last user."""
         self.users = 0
         """Runs that hold one of its lanes; guarded by the session's lock."""
+        # Now, for once it is locked in only root may look.
+        self._memory: MemoryWatch | None = None
+        self._memory_lock = threading.Lock()
+        with contextlib.suppress(OSError):
+            self._memory = MemoryWatch(self.pid)
         self._fork.ended.add_done_callback(lambda _: on_end(self))
 
     @property
@@ -145,9 +151,9 @@ class WorkerProcess:
 
     def warm_up(self, limit_s: float) -> Footprint | None:
         """Let it run its largest batch, and read what memory that takes; None where it cannot be measured."""
-        with contextlib.suppress(OSError):
-            # Trying options took memory that serving does not: the kernel forgets the highest mark on this word.
-            Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+        with self._memory_lock:
+            if self._memory is not None:
+                self._memory.reset_peak()  # trying options took memory that serving does not
         try:
             self._control.send(messages.NUMBER_MESSAGE.pack(messages.WARM, 0))
             if not self._answer(limit_s):
@@ -158,17 +164,12 @@ class WorkerProcess:
 
     def measure(self) -> Footprint | None:
         """Its proportional set size now, and the most that it was."""
-        status = read_status(self.pid)
-        resident = status.get("VmRSS", 0)
-        if not resident:
-            return None
-        self.warm_bytes = status.get("RssAnon", resident)
-        proportional = resident - status.get("RssFile", 0)
-        with contextlib.suppress(OSError, ValueError, StopIteration):
-            lines = Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines()
-            proportional = next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-        peak = proportional + max(status.get("VmHWM", resident) - resident, 0)
-        return Footprint(proportional, peak)
+        with self._memory_lock, contextlib.suppress(OSError):
+            if self._memory is not None:
+                use = self._memory.read()
+                self.warm_bytes = use.anonymous
+                return Footprint(use.proportional, use.proportional + use.peak - use.resident)
+        return None
 
     def limit(self, peak_bytes: int) -> None:
         """Bound what it may map from now on: what it has, its peak once more, and ``SPARE_BYTES``."""
@@ -253,6 +254,10 @@ class WorkerProcess:
                 lane.close()
         if closed:
             return
+        with self._memory_lock:
+            if self._memory is not None:
+                self._memory.close()
+                self._memory = None
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
