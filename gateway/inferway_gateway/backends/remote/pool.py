@@ -210,14 +210,12 @@ class UpstreamPool:
         """
         rules = _Rules(self, lanes, deadline)
         try:
-            async for attempt in tenacity.AsyncRetrying(
-                retry=rules.retry, wait=rules.wait, stop=rules.stop, before_sleep=rules.again, reraise=True
-            ):
-                with attempt:
-                    reply = await self._attempt(call, rules.next_lane(), deadline)
-                    reply.attempts += rules.made
-                    return reply
-            raise AssertionError("tenacity ends with an outcome")
+            try:
+                reply = await self._attempt(call, rules.next_lane(), deadline)
+            except _CallError as error:
+                reply = await self._retried(error, rules, call, deadline)
+            reply.attempts += rules.made
+            return reply
         except _CallError as error:
             raise self._told(rules, error) from error
         except GatewayError as error:
@@ -226,6 +224,20 @@ class UpstreamPool:
         finally:
             if rules.tried:
                 self._stats.requests += 1
+
+    async def _retried(self, first: _CallError, rules: _Rules, call: Call, deadline: float | None) -> Reply:
+        """Go on after the failure ``first``. The loop starts with it as the outcome of its attempt 1, so that a request
+        that succeeds at once pays nothing for the machinery."""
+
+        async def attempt() -> Reply:
+            if loop.statistics["attempt_number"] == 1:
+                raise first
+            return await self._attempt(call, rules.next_lane(), deadline)
+
+        loop = tenacity.AsyncRetrying(
+            retry=rules.retry, wait=rules.wait, stop=rules.stop, before_sleep=rules.again, reraise=True
+        )
+        return await loop(attempt)
 
     def _told(self, rules: _Rules, error: _CallError) -> GatewayError:
         why = f"upstream '{self.spec.name}' {error}"
