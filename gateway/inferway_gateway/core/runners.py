@@ -114,6 +114,7 @@ class RunnerPool:
         self._running: dict[Job, float] = {}
         self._direct: list[Job] = []
         """Jobs for the loop to begin as soon as nobody holds the lock."""
+        self._launching = False
         self._ended: list[Job] = []
         self._begun: set[Source] = set()
         self._failed: list[tuple[Source, Exception]] = []
@@ -199,11 +200,17 @@ class RunnerPool:
 
     def launch(self) -> None:
         """Begin the direct jobs that ``offer`` found. On the event loop, lock not held."""
-        while self._direct:
-            job = self._direct.pop()
-            if not job.begin():
-                with self.lock:
-                    self._to_thread(job)
+        if self._launching:
+            return  # a job that ends at once comes back here; the loop below goes on with what follows it
+        self._launching = True
+        try:
+            while self._direct:
+                job = self._direct.pop(0)
+                if not job.begin():
+                    with self.lock:
+                        self._to_thread(job)
+        finally:
+            self._launching = False
 
     def ended(self, job: Job) -> None:
         """A direct job that was begun is over. On the event loop, lock not held."""
