@@ -101,6 +101,7 @@ class _Seen:
     requests: int = 0
     errors: int = 0
     failing: int = 0
+    finished: int = 0
     latency: Sequence[int] = ()
 
 
@@ -116,21 +117,22 @@ class Window:
     def look(self, now: float, target: TargetStats, stats: ModelStats | None) -> bool:
         """Take in what was added since the last look. Returns whether the version's breaker refused a request."""
         # Not loaded: what was seen of it stays, for its statistics go on when it is loaded again.
-        latency = tuple(stats.request.counts) if stats is not None else self._seen.latency if self._seen else ()
-        at = _Seen(target.requests, target.errors, target.failures.get("model_failing", 0), latency)
+        latency = self._seen.latency if self._seen is not None else ()
+        finished = 0 if stats is None else stats.success.count + stats.fail.count
+        if stats is not None and (self._seen is None or not latency or finished != self._seen.finished):
+            latency = tuple(stats.request.counts)  # most of many versions have done nothing since the last look
+        at = _Seen(target.requests, target.errors, target.failures.get("model_failing", 0), finished, latency)
         seen, self._seen = self._seen, at
         while self._slots and self._slots[0][0] <= now - self._window_s:
             self._slots.popleft()
         if seen is None:  # what was counted before this alias was as it is now is no evidence
             return False
         before = seen.latency or latency  # seen for the first time: what it did before is no evidence either
-        if any(a < b for a, b in zip(latency, before, strict=True)):
-            before = (0,) * len(latency)  # another loaded version, whose statistics began anew
-        added = Slot(
-            at.requests - seen.requests,
-            at.errors - seen.errors,
-            {i: a - b for i, (a, b) in enumerate(zip(latency, before, strict=True)) if a > b},
-        )
+        added = Slot(at.requests - seen.requests, at.errors - seen.errors)
+        if latency is not before:
+            if any(a < b for a, b in zip(latency, before, strict=True)):
+                before = (0,) * len(latency)  # another loaded version, whose statistics began anew
+            added.latency = {i: a - b for i, (a, b) in enumerate(zip(latency, before, strict=True)) if a > b}
         if self._slots and now - self._slots[-1][0] < self._slot_s - LOOK_S / 2:
             self._slots[-1][1].add(added)
         else:

@@ -160,16 +160,20 @@ async def _infer_by_alias(scope: Scope, receive: Receive, send: Send, route: Rou
     failure: GatewayError | None = None
     crashes = 0
     since = started
-    for version in (route.version, *route.fallback):
+    chain = (route.version, *route.fallback)
+    for version in chain:
         served: ServedVersion | None = None
         try:
-            served = await _target(scope, route, version, started)
+            # Where others can stand in, a load is not waited for long.
+            hurry = _HURRIED_LOAD_S if version != chain[-1] else math.inf
+            served = await _target(scope, route, version, started, hurry)
             if arrived is None:
                 arrived = await _arrived(scope, receive, header_fields(scope))
             size = await _infer(scope, receive, send, served, version, started, since, arrived, route)
         except GatewayError as error:
             now = perf_counter()
-            if served is not None and not (failure is not None and isinstance(error, MalformedRequestError)):
+            misfit = arrived is None or isinstance(error, MalformedRequestError)
+            if served is not None and not (failure is not None and misfit):
                 served.stats.finished(now - since, error.code)
             if failure is None:
                 failure = error
@@ -178,6 +182,8 @@ async def _infer_by_alias(scope: Scope, receive: Receive, send: Send, route: Rou
                     _name_version(scope, served)
                 if error.code not in FALLBACK_CODES:
                     raise
+            elif served is not None and arrived is None:
+                raise  # there is no request that anybody could answer
             elif isinstance(error, CancelledByCallerError):
                 raise
             crashes += error.code == "worker_crashed"
@@ -192,12 +198,8 @@ async def _infer_by_alias(scope: Scope, receive: Receive, send: Send, route: Rou
     raise failure
 
 
-async def _target(scope: Scope, route: Route, version: int, started: float) -> ServedVersion:
-    """A version that an alias names, loaded.
-
-    That it is gone is not the caller's error. And where others can stand in, its load is not waited for long.
-    """
-    hurry = _HURRIED_LOAD_S if route.fallback else math.inf
+async def _target(scope: Scope, route: Route, version: int, started: float, hurry: float) -> ServedVersion:
+    """A version that an alias names, loaded; that it is gone is not the caller's error."""
     try:
         return await _loaded(scope, route.model, version, started, hurry)
     except NotFoundError:

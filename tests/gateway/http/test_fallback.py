@@ -107,6 +107,7 @@ class Result:
     error: GatewayError | None = None
     headers: dict[bytes, bytes] = field(default_factory=dict)
     error_headers: tuple[tuple[bytes, bytes], ...] = ()
+    bodies: int = 0
 
 
 def ask(outcomes: Sequence[str], fallback: Sequence[int] | None = None, body: bytes = BODY) -> Result:
@@ -126,6 +127,7 @@ def ask(outcomes: Sequence[str], fallback: Sequence[int] | None = None, body: by
     }
 
     async def receive() -> dict[str, Any]:
+        result.bodies += 1
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Any) -> None:
@@ -212,3 +214,12 @@ def test_a_body_that_nobody_can_read_is_refused_by_the_first(body: bytes) -> Non
     held_back = ask(["not loaded", "answers"], body=body)
     assert held_back.error is not None
     assert held_back.error.code == "model_not_ready"
+
+
+def test_a_body_that_does_not_arrive_is_asked_for_once() -> None:
+    for outcomes in (["answers", "answers"], ["not loaded", "answers", "answers"]):
+        result = ask(outcomes, body=b"x" * ((1 << 20) + 1))
+        assert result.error is not None
+        assert result.error.code == "payload_too_large"
+        assert result.bodies == 1
+        assert not any(version.ran for version in result.models.versions.values())
