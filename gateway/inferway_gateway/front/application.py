@@ -119,7 +119,7 @@ def create_front(
 
             shadows = await stack.enter_async_context(Shadows(find))
             reporting = asyncio.create_task(_report(link), name="inferway-report")
-            stack.callback(reporting.cancel)
+            stack.push_async_callback(_end, reporting)
             yield {
                 "settings": settings,
                 "registry": link.registry,
@@ -135,6 +135,11 @@ def create_front(
     if not settings.auth:
         app.guard = partial(refuse_foreign_pages, any_host=settings.insecure)
     return app
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait((task,))
 
 
 async def _report(link: Link) -> None:

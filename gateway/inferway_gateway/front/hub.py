@@ -100,6 +100,7 @@ class Hub:
         self._syncs = itertools.count(1)
         self._changed_keys: set[str] = set()
         self._aliases: list[tuple[str, str, int]] = []
+        """What every front has been told of."""
         self._arrivals = asyncio.Condition()
         self._syncing = asyncio.Lock()
 
@@ -159,8 +160,7 @@ class Hub:
 
     def _outdated(self) -> bool:
         """Whether there is something that the fronts do not know."""
-        plans = self.held.router.aliases()
-        return bool(self._changed_keys) or self._aliases != [(p.model, p.alias, p.record.revision) for p in plans]
+        return bool(self._changed_keys) or self._aliases != self._present()
 
     async def synchronise(self, *, report: bool = False) -> None:
         """Have every front know the aliases as they are, and no key that was changed.
@@ -173,6 +173,7 @@ class Hub:
             if not (self._outdated() or report) or not self.fronts:
                 return
             text = self.aliases()
+            self._aliases = self._present()
             keys, self._changed_keys = sorted(self._changed_keys), set()
             number = next(self._syncs) & 0xFFFFFFFF
             frame = pack(Kind.SYNC, number, {"aliases": True, "keys": keys}, text=text)
@@ -186,10 +187,11 @@ class Hub:
         self._changed_keys.add(key_id)
 
     def aliases(self) -> bytes:
-        """All aliases, for a front to know; from now on they count as known."""
-        plans = self.held.router.aliases()
-        self._aliases = [(p.model, p.alias, p.record.revision) for p in plans]
-        return aliases_to_json(p.record for p in plans)
+        """All aliases, for a front to know."""
+        return aliases_to_json(plan.record for plan in self.held.router.aliases())
+
+    def _present(self) -> list[tuple[str, str, int]]:
+        return [(plan.model, plan.alias, plan.record.revision) for plan in self.held.router.aliases()]
 
     # --- versions --------------------------------------------------------------------------------------------------
 
@@ -215,8 +217,8 @@ class Hub:
     def application(self, app: ASGIApp) -> ASGIApp:
         """The gateway's application for requests that fronts pass on.
 
-        A change is answered when every front knows it, and counters are read when every front has reported: so whoever
-        asks through one front finds what was done through another.
+        What has changed is told when every front knows it, and counters are read when every front has reported: so
+        whoever asks through one front finds what was done through another.
         """
 
         async def passed_on(scope: Scope, receive: Receive, send: Send) -> None:
@@ -230,12 +232,12 @@ class Hub:
                 await send({"type": "http.response.start", "status": status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
                 return
-            changes = scope["method"] not in ("GET", "HEAD")
-            if not changes and _reads_counters(scope["path"]):
+            if scope["method"] == "GET" and _reads_counters(scope["path"]):
                 await self.synchronise(report=True)
 
             async def synchronised(message: Message) -> None:
-                if changes and message["type"] == "http.response.start":
+                # Also before an answer that only tells: of a deployment that has ended, say.
+                if message["type"] == "http.response.start":
                     await self.synchronise()
                 await send(message)
 

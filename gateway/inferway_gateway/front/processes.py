@@ -186,7 +186,7 @@ class Fronts:
             "owner": os.getpid(),
         }
         assert process.stdin is not None
-        process.stdin.write(json.dumps(config).encode())
+        process.stdin.write(json.dumps(config, default=str).encode())
         process.stdin.close()
         return process
 

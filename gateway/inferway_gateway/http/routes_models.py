@@ -369,7 +369,11 @@ def _version(request: Request, record: VersionRecord) -> contract.ModelVersion:
 
 def _folder_version(registry: Registry, name: str, version: int) -> contract.ModelVersion:
     """A version of the operator's folder, of whose content and history the gateway keeps nothing."""
-    state, reason = registry.state(name, version)
+    known, reason = registry.state(name, version)
+    state: str = known
+    if known in ("UNAVAILABLE", "UNKNOWN"):
+        # The protocol has one word for what failed and for what was never asked for.
+        state = "FAILED" if reason.startswith("failed") else "UNLOADED"
     return contract.ModelVersion(
         model=name,
         version=version,

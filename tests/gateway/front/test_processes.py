@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -176,6 +177,69 @@ def test_a_revoked_key_is_refused_by_every_front_at_once(gateway: LiveGateway) -
             assert connection.infer()[0] == 200
         assert gateway.call("DELETE", f"/api/v1/keys/{key.split('_')[2]}")[0] == 200
         assert [connection.infer()[0] for connection in connections] == [401] * 3
+
+
+def deploy(gateway: LiveGateway, model: str, content: bytes, **body: Any) -> Any:
+    digest = hashlib.sha256(content).hexdigest()
+    assert gateway.call("PUT", f"/api/v1/blobs/{digest}", content)[0] == 201
+    files = [{"path": "model.onnx", "digest": digest, "size": len(content)}]
+    status, deployment, _ = gateway.call("POST", f"/api/v1/models/{model}/versions", {"files": files, **body})
+    assert status == 202, deployment
+    end = time.monotonic() + 3 * WAIT_S
+    while deployment["state"] == "running":
+        assert time.monotonic() < end
+        step = f"&step={deployment['step']}" if deployment["step"] else ""
+        deployment = gateway.call("GET", f"/api/v1/deployments/{deployment['id']}?wait=10{step}")[1]
+    assert deployment["state"] == "succeeded", deployment
+    return deployment
+
+
+def test_an_alias_that_is_moved_holds_in_every_front_at_once(gateway: LiveGateway) -> None:
+    for number in (1, 2):
+        deploy(gateway, "moved", models.add_one(16, float(number)), alias="stable" if number == 1 else None)
+    alias = "/api/v1/models/moved/aliases/stable"
+
+    def answers(connections: list[Connection], target: str = "moved") -> list[float]:
+        return [connection.infer(target)[1]["outputs"][0]["data"][0] - 1 for connection in connections]
+
+    with one_connection_to_each(gateway, 3) as connections:
+        assert answers(connections) == [1.0] * 3
+        for version in (2, 1, 2):
+            assert gateway.call("PUT", alias, {"version": version})[0] == 200
+            assert answers(connections) == [float(version)] * 3
+        assert answers(connections, "moved@stable") == [2.0] * 3
+        assert gateway.call("PUT", alias, {"weights": {"1": 50, "2": 50}})[0] == 200
+        before = gateway.call("GET", alias)[1]["traffic"]
+        shared = [value for _ in range(20) for value in answers(connections)]
+        # Each front shares by itself, evenly but for some requests.
+        assert 20 <= shared.count(1.0) <= 40
+        traffic = gateway.call("GET", alias)[1]["traffic"]
+        assert sum(traffic[v]["requests"] - before[v]["requests"] for v in ("1", "2")) == 60
+        assert gateway.call("DELETE", alias)[0] == 204
+        assert [c.infer("moved@stable")[1]["code"] for c in connections] == ["alias_not_found"] * 3
+    assert gateway.call("DELETE", "/api/v1/models/moved")[0] == 204
+    with one_connection_to_each(gateway, 3) as connections:
+        assert [c.infer("moved")[1]["code"] for c in connections] == ["model_not_found"] * 3
+
+
+def test_an_upload_passes_through_a_front_and_continues_through_another(gateway: LiveGateway) -> None:
+    content = os.urandom(3_000_000)
+    path = f"/api/v1/blobs/{hashlib.sha256(content).hexdigest()}"
+    head = (
+        f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.admin_key}\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", gateway.port)) as caller:
+        caller.sendall(head.encode() + content[:1_000_000])
+
+    def kept() -> int:
+        status, answer, _ = gateway.call("GET", path)
+        return int(answer["received"]) if status == 200 else 0
+
+    # What a cut connection has brought stays, however much of it the front had passed on.
+    until(lambda: kept() > 0)
+    until(lambda: gateway.call("PUT", path, content[kept() :], headers={"Upload-Offset": str(kept())})[0] == 201)
+    assert gateway.call("GET", path)[1]["complete"] is True
 
 
 def test_errors_have_the_words_and_headers_that_one_process_gives(gateway: LiveGateway) -> None:
