@@ -49,7 +49,7 @@ def test_no_name_can_leave_its_place_in_the_path(name: str) -> None:
     except UnicodeEncodeError:
         assert any("\ud800" <= character <= "\udfff" for character in name)
         return
-    assert re.fullmatch(r"/v2/models/[A-Za-z0-9_.~%-]+/infer", path)
+    assert re.fullmatch(r"/v2/models/[A-Za-z0-9_.~%@-]+/infer", path)
 
 
 @pytest.mark.parametrize(
