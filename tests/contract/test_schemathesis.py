@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -26,7 +27,11 @@ def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
     contract.write_text(document.read_text())
     with run_gateway(repository, tmp_path / "state", "--model-control", "explicit", *loads) as gateway:
         # A folder of its own, where nothing of an earlier run lies that could be replayed.
-        shutil.copy(HERE / "schemathesis.toml", tmp_path / "schemathesis.toml")
+        for name in ("schemathesis.toml", "hooks.py"):
+            shutil.copy(HERE / name, tmp_path / name)
+        model = add_sub()
+        (tmp_path / "model.onnx").write_bytes(model)
+        assert gateway.call("PUT", f"/api/v1/blobs/{hashlib.sha256(model).hexdigest()}", model)[0] == 201
         done = subprocess.run(
             [sys.executable, "-m", "schemathesis.cli", "--config-file", "schemathesis.toml", "run", str(contract),
              "--url", gateway.url, "--phases", PHASES],
