@@ -93,6 +93,8 @@ class ScriptedServer:
         self.connections = 0
         self.cuts: list[int] = []
         """For each of the next uploads (PUT): how many bytes of its body are taken before the connection breaks."""
+        self.stalls = False
+        """Uploads (PUT) are begun and then not read any further, with the connection open."""
         self.cut_short: Callable[[Seen], object] = lambda _: None
         """Told of such an upload, with what came of it."""
         self.closed = threading.Event()
@@ -147,6 +149,8 @@ class ScriptedServer:
         method, path, _ = head[0].split(" ")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
         length = int(headers.get("content-length", "0"))
+        if method == "PUT" and self.stalls:
+            await asyncio.Event().wait()
         if method == "PUT" and self.cuts:
             seen = Seen(method, path, headers, await reader.readexactly(min(length, self.cuts.pop(0))))
             self.seen.append(seen)

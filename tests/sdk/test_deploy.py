@@ -14,7 +14,7 @@ import pytest
 
 import inferway
 import models
-from inferway import DeployEvent, DeploymentFailedError, RetryEvent
+from inferway import DeployEvent, DeploymentFailedError, RetryEvent, _upload
 from lifecycle import FakeLifecycle, problem, version_record
 from scripted import Answer, FakeClock, ScriptedServer, Side, as_json
 
@@ -390,6 +390,20 @@ async def test_an_upload_that_takes_too_long_ends(side: Side, gateway: FakeLifec
     gateway.refuse = [Answer(hang=True)]
     with pytest.raises(inferway.APITimeoutError):
         await side(lambda: client.models.deploy(MODEL, name="churn", timeout=0.3))
+
+
+async def test_a_connection_that_takes_nothing_more_is_given_up(
+    side: Side, gateway: FakeLifecycle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_upload, "STALL_S", 0.2)
+    (tmp_path / "net.onnx").write_bytes(models.external_data(location="w.bin")[0])
+    gateway.keep(tmp_path / "net.onnx")
+    with (tmp_path / "w.bin").open("wb") as weights:
+        weights.truncate(64 * MIB)  # more than the buffers of both sides
+    gateway.server.stalls = True
+    client = side.client(gateway.server.url, retry=None)
+    with pytest.raises(inferway.APITimeoutError):
+        await side(lambda: client.models.deploy(tmp_path / "net.onnx", name="churn", timeout=60))
 
 
 # --- deployments -------------------------------------------------------------------------------------------------
