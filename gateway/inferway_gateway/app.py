@@ -311,7 +311,9 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             tidying = asyncio.create_task(storage.keep_tidy(), name="inferway-storage")
             stack.push_async_callback(_end, tidying)
             await _check_exposure(settings, keys.service)
-            metrics = Metrics(lambda: ((s.name, s.version, s.stats, True) for s in registry.served()), app.edge_stats)
+            metrics = Metrics(
+                lambda: ((s.name, s.version, s.stats, s.problem() is None) for s in registry.served()), app.edge_stats
+            )
             metrics.add(BudgetMetrics(managed.budget))
             metrics.add(Elsewhere(remote.stats, lambda: _pipelines(registry)))
             metrics.add(AliasMetrics(router.aliases))

@@ -25,6 +25,9 @@ MAX_TENSORS: Final = 256
 MAX_NAME: Final = 256
 MAX_DIMENSION: Final = 2**40
 MAX_METADATA_BYTES: Final = 1 << 20
+MAX_JSON_BYTES: Final = 32 << 20
+MAX_JSON_STRUCTURES: Final = 1_000_000
+"""Arrays and objects of an answer: each empty one takes two bytes on the wire and 56 of memory."""
 BINARY_EXTENSION: Final = "binary_tensor_data"
 LONG_BYTES: Final = 128 * 1024
 """JSON and strings longer than this are written and read on a thread."""
@@ -43,7 +46,7 @@ def model_path(model: str, version: str | None) -> str:
 
 def read_extensions(body: bytes | bytearray) -> frozenset[str]:
     """The extensions of a server's metadata; none where it says none."""
-    found = _object(body).get("extensions")
+    found = parse_json(body).get("extensions")
     return frozenset(e for e in found if isinstance(e, str)) if isinstance(found, list) else frozenset()
 
 
@@ -55,7 +58,7 @@ def read_signature(body: bytes | bytearray, batched: bool | None) -> Signature:
     Raises:
         UpstreamError: it is no metadata, or tells of what no model has.
     """
-    found = _object(body)
+    found = parse_json(body)
     inputs = _specs(found.get("inputs"), "inputs")
     outputs = _specs(found.get("outputs"), "outputs")
     if not outputs:
@@ -137,7 +140,7 @@ def decode_answer(
         if not (header_length.isascii() and header_length.isdigit() and int(header_length[:12]) <= len(view)):
             raise UpstreamError("the upstream's answer has a wrong Inference-Header-Content-Length")
         length = int(header_length)
-    head = _object(view[:length])
+    head = parse_json(view[:length])
     rest = view[length:]
     found: dict[str, NDArray[Any]] = {}
     items = head.get("outputs")
@@ -306,13 +309,25 @@ def _dumps(head: dict[str, Any]) -> bytes:
     return orjson.dumps(head)
 
 
-def _object(body: bytes | bytearray | memoryview) -> dict[str, Any]:
+def parse_json(body: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """The object that an upstream's JSON is; NaN and Infinity are taken as tokens.
+
+    Raises:
+        UpstreamError: it is none, or its parsing would take more memory than any answer is worth.
+    """
+    if len(body) > MAX_JSON_BYTES:
+        raise UpstreamError(f"expected at most {MAX_JSON_BYTES} bytes of JSON in the upstream's answer")
+    raw = bytes(body)
+    if len(raw) > MAX_JSON_STRUCTURES and raw.count(b"[") + raw.count(b"{") > MAX_JSON_STRUCTURES:
+        raise UpstreamError(f"expected at most {MAX_JSON_STRUCTURES} arrays and objects in the upstream's answer")
     try:
-        found = orjson.loads(body)
+        found = orjson.loads(raw)
     except orjson.JSONDecodeError:
         try:
-            found = json.loads(bytes(body))
+            found = json.loads(raw) if b"NaN" in raw or b"Infinity" in raw else None
         except (ValueError, RecursionError):
+            found = None
+        if found is None:
             raise UpstreamError("the upstream's answer is not JSON") from None
     if not isinstance(found, dict):
         raise UpstreamError("expected a JSON object as the upstream's answer")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ...core.errors import InvalidTensorError, UpstreamError
 from ...core.tensors import Arrays, Signature, TensorSpec
 from ...core.upstream import RemoteSpec
+from .oip import parse_json
 
 PATHS: Final = {"embeddings": "/embeddings", "chat": "/chat/completions", "completions": "/completions"}
 MAX_MESSAGES: Final = 10_000
@@ -60,12 +61,7 @@ def decode_answer(remote: RemoteSpec, body: bytes | bytearray, rows: int) -> NDA
     Raises:
         UpstreamError: the answer is not what the protocol has.
     """
-    try:
-        found = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise UpstreamError("the upstream's answer is not JSON") from None
-    if not isinstance(found, dict):
-        raise UpstreamError("expected a JSON object as the upstream's answer")
+    found = parse_json(body)
     if remote.operation == "embeddings":
         return _embeddings(found.get("data"), rows, remote.dimensions)
     choices = found.get("choices")

@@ -153,3 +153,18 @@ def test_an_upstreams_words_are_made_fit_for_a_message(body: bytes, said: str) -
 
 def test_a_models_name_cannot_lead_elsewhere() -> None:
     assert oip.model_path("../../a?b#c", "1/x") == "/v2/models/..%2F..%2Fa%3Fb%23c/versions/1%2Fx"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"outputs":[' + b"[]," * 1_000_001 + b"[]]}", "at most 1000000 arrays"),
+        (b" " * ((32 << 20) + 1), "at most 33554432 bytes of JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a": NaN' + b"[" * 100_000, "not JSON"),
+    ],
+    ids=["many-arrays", "long", "deep", "deep-with-a-token"],
+)
+def test_json_that_would_fill_the_memory_is_not_parsed(body: bytes, words: str) -> None:
+    with pytest.raises(UpstreamError, match=words):
+        oip.parse_json(body)
