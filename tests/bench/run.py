@@ -15,6 +15,7 @@ import sys
 import bench_batching
 import bench_fronts
 import bench_http
+import bench_lifecycle
 import bench_sdk
 import bench_tensors
 from harness.options import add_arguments, parsed, print_machine
@@ -27,6 +28,7 @@ BENCHMARKS = {
     "sdk": bench_sdk.run,
     "batching": bench_batching.run,
     "fronts": bench_fronts.run,
+    "lifecycle": bench_lifecycle.run,
 }
 
 
