@@ -18,12 +18,13 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core.batcher import Answer, InferenceRequest
@@ -123,6 +124,7 @@ class Hub:
             authenticator: fronts forget the keys that it forgets.
         """
         self._held = _Held(registry, router, metrics, edge_stats)
+        metrics.add(_Processes(self))
         if authenticator is not None:
             authenticator.on_forget = self._key_changed
         loop = asyncio.get_running_loop()
@@ -259,6 +261,20 @@ class Hub:
             raise PermissionDeniedError("expected a request that a front process of this gateway passed on")
         scope["headers"] = headers
         scope["client"] = (address.decode("latin-1"), 0) if address else None
+
+
+class _Processes:
+    """What there is to say of the fronts themselves; what they count is added to the gateway's own counts."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self.sees: Callable[[str], bool] = lambda _: True
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("inferway_fronts", "Front processes that are connected.", len(self._hub.fronts))
+        yield CounterMetricFamily(
+            "inferway_front_restarts", "Front processes that were begun in place of one that died.", self._hub.restarts
+        )
 
 
 class Front(Channel):

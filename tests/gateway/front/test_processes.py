@@ -332,6 +332,9 @@ def test_a_front_that_dies_is_begun_anew_and_the_others_go_on(gateway: LiveGatew
     with one_connection_to_each(gateway, 3):
         pass
     assert any("beginning another" in line for line in gateway.log)
+    lines = gateway.call("GET", "/metrics")[1].splitlines()
+    assert "inferway_fronts 3.0" in lines
+    assert "inferway_front_restarts_total 1.0" in lines
 
 
 def test_a_front_that_is_told_to_end_does_so_and_is_replaced(gateway: LiveGateway) -> None:
