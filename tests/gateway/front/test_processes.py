@@ -351,6 +351,7 @@ def proportional_bytes(pid: int) -> int:
     return int(next(line for line in text.splitlines() if line.startswith("Pss:")).split()[1]) * 1024
 
 
+@pytest.mark.slow
 def test_weights_are_in_memory_once(tmp_path: Path) -> None:
     width = 7_000
     weights_bytes = 4 * width * width
@@ -366,6 +367,7 @@ def test_weights_are_in_memory_once(tmp_path: Path) -> None:
         assert max(map(proportional_bytes, fronts)) < weights_bytes
 
 
+@pytest.mark.slow
 def test_models_are_swapped_under_load_without_an_error_or_a_mixture(tmp_path: Path) -> None:
     """Each content of the model adds another number and has another name for its output."""
 
