@@ -56,7 +56,8 @@ def _nothing(kind: str, artifact: Artifact, detail: str) -> None:
 class WorkerBackend:
     """Implements ``core.backend.Backend``: each model version in processes of its own, locked in.
 
-    Entering starts the fork server, leaving ends it and every worker. ``open`` may be called from any thread.
+    Leaving ends the fork server, which the first ``open`` starts, and every worker. ``open`` may be called from any
+    thread.
 
     Args:
         options: of the ``OnnxBackend`` in the workers.

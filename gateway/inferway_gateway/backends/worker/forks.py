@@ -46,9 +46,9 @@ class Fork:
 class ForkServer:
     """Starts worker processes. Safe to use from any thread.
 
-    One thread of the gateway starts the server, reads what it says and starts it again when it has ended, with its
-    workers. It is always the same thread, because the kernel tells the server of the death of the thread that started
-    it, not of the process.
+    The server is started when it is first needed: a gateway without workers does not pay for one. One thread of the
+    gateway starts it, reads what it says and starts it again when it has ended, with its workers. It is always the same
+    thread, because the kernel tells the server of the death of the thread that started it, not of the process.
     """
 
     def __init__(self) -> None:
@@ -60,10 +60,10 @@ class ForkServer:
         self._closed = threading.Event()
         self._up = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="inferway-forks", daemon=True)
+        self._started = False
         self.restarts = 0
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(
@@ -91,6 +91,10 @@ class ForkServer:
             ForkError: the system has no room for a process, or the server does not answer.
         """
         answer: Future[Fork] = Future()
+        with self._lock:
+            if not self._started and not self._closed.is_set():
+                self._started = True
+                self._thread.start()
         if not self._up.wait(START_LIMIT_S):
             raise ForkError("the fork server does not start")
         with self._lock:
