@@ -55,6 +55,7 @@ from .errors import (
     GatewayError,
     InternalError,
     ModelExecutionError,
+    ModelNotReadyError,
     ShuttingDownError,
     StoreUnavailableError,
 )
@@ -517,7 +518,15 @@ class _Course:
         await self._done(Step.CHECKED)
         await self._done(Step.ADMITTED)
         await self._deployer._follow()
-        await self._managed.acquire(self._record.model, self._record.version)
+        name, version = self._record.model, self._record.version
+        while True:
+            try:
+                await self._managed.acquire(name, version)
+                break
+            except ModelNotReadyError:
+                # A request would give up here; a large model may take longer.
+                if self._managed.status(name, version)[0] != "LOADING":
+                    raise
         for step in (Step.LOADED, Step.WARMED, Step.COMPARED):
             await self._done(step)
 

@@ -339,6 +339,19 @@ async def test_the_same_content_waits_for_itself_and_is_the_same_version(start: 
     assert gateway.managed.budget.loads == 1
 
 
+async def test_what_is_there_already_may_take_its_time_to_load(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, gateway = await start(), await start()
+    await first.deploy(1, alias=None)
+    monkeypatch.setattr(gateway.managed, "_load_wait_s", 0.01)
+    reached = gateway.checks.hold("place")
+    record = await gateway.begin(1)
+    await reached.wait()
+    await asyncio.wait((asyncio.create_task(gateway.deployer.wait(record.id, Step.ADMITTED, 0.1)),))
+    gateway.checks.holds["place"].set()
+    ended = await gateway.end(record)
+    assert (ended.state, ended.reused) == ("succeeded", True), ended
+
+
 async def test_an_alias_keeps_what_is_not_about_its_target(start: Start) -> None:
     gateway = await start()
     for increment in (1, 2, 3):
