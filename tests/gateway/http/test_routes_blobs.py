@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import models
 from inferway_gateway.core.catalog import AliasSpec, FileRef, VersionSpec
 from inferway_gateway.store.catalog import open_catalog
 from live import LiveGateway, run_gateway
@@ -284,3 +286,33 @@ def test_a_check_names_what_is_damaged_and_whose_it_is(gateway: LiveGateway, key
     assert gateway.call("GET", "/api/v1/registry/check")[1]["problems"][0]["problem"] == "missing"
     gateway.call("POST", "/api/v1/registry/gc")
     assert gateway.call("GET", "/api/v1/registry/check")[1]["ok"] is True
+
+
+def test_a_full_disk_is_an_answer_and_serving_goes_on(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", str(state)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        models.write_repository(tmp_path / "models", {"add_one": models.add_one()})
+        with run_gateway(tmp_path / "models", state) as gateway:
+            key = gateway.make_key("deploy")
+            content, digest = fresh(20, 20 * 1024 * 1024)
+            status, answer = put(gateway, digest, content, key)
+            assert (status, answer["code"]) == (507, "insufficient_storage")
+            with raw(gateway, digest, key, "Transfer-Encoding: chunked") as client:
+                for start in range(0, len(content), 65_536):
+                    client.send(b"10000\r\n" + content[start : start + 65_536] + b"\r\n")
+                client.send(b"0\r\n\r\n")
+                answered = client.read()
+                assert (answered.status, answered.json["code"]) == (507, "insufficient_storage")
+            assert list((state / "uploads").iterdir()) == []
+            infer = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 16], "data": [1] * 16}]}
+            assert gateway.call("POST", "/v2/models/add_one/infer", infer)[0] == 200
+            small, its_digest = fresh(21, 100_000)
+            assert put(gateway, its_digest, small, key)[0] == 201
+    finally:
+        subprocess.run(["umount", str(state)], check=True)
