@@ -53,6 +53,12 @@ _MARGIN: Final = 0.95
 _EQUAL: Final = 1e-4
 """Largest difference between two ways of running the same model, relative to an output's largest value."""
 _NORMALISATION: Final = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization"})
+_MAPPED_BYTES: Final = 256 << 20
+"""Below this, packing the weights takes a fraction of a second and memory that nobody misses."""
+_PACKED: Final = frozenset(
+    {"MatMulNBits", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv", "Conv", "LSTM", "GRU"}
+)
+"""Operators that are many times slower on weights that were not packed."""
 _LONG_RUN_S: Final = 1e-3
 """Below this, splitting a run over threads costs more than it gains."""
 _BATCH_S: Final = 0.5
@@ -328,6 +334,16 @@ class _Loader:
         self.size_bytes = artifact.path.stat().st_size + _external_bytes(artifact.path, self.facts)
         self.active_providers: tuple[str, ...] = ()
         self.last_load_s = 0.0
+        self.stays_mapped = (
+            artifact.config.max_batch_size == 1
+            and self.facts.readable
+            and bool(self.facts.external)
+            and self.size_bytes >= _MAPPED_BYTES
+            and not self.facts.operators & _PACKED
+        )
+        """Weights are used as they lie in their file: nothing is copied, and all processes that map it share its pages.
+        One row at a time runs about as fast as from packed weights (4 GB: 135 ms and 125), several take twice as long
+        and more, so it is for models that never get more than one."""
 
     def _available(self, wanted: Sequence[str]) -> list[str]:
         present = ort.get_available_providers()
@@ -371,6 +387,8 @@ class _Loader:
         """
         name = self.artifact.name
         options = _session_options(choice, name)
+        if self.stays_mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if self.artifact.config.session.extensions:
             extensions.register(options)
         started = time.perf_counter()
