@@ -32,8 +32,9 @@ from .managed import ManagedVersions
 from .model_config import ModelConfig
 from .runners import RunnerPool
 from .served import IndexEntry as IndexEntry
-from .served import ModelEntry, ModelTable, State
+from .served import ModelEntry, ModelTable
 from .served import ServedVersion as ServedVersion
+from .served import State as State
 from .stats import ModelStats
 
 logger = logging.getLogger("inferway.models")
