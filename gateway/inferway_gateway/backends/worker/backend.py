@@ -1,4 +1,9 @@
-"""Opening model versions in worker processes."""
+"""Opening model versions in worker processes.
+
+A model is loaded for the first time where it is going to run: in a process that is locked in and bounded in memory and
+time. One that it does not survive, or that takes too much, is thrown away with all that it took, so no trial is needed
+before that, which would cost a large model a second load.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,12 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from ...core.backend import Artifact
 from ...core.errors import ModelLoadError
-from ...core.model_config import ModelConfig
 from ..onnx.graph import read_graph
 from .description import BackendOptions, Order, Report
 from .forks import ForkError, ForkServer
@@ -39,13 +42,11 @@ class WorkerLimits:
     Attributes:
         load_timeout_s: for opening a model, everything included; then its process is killed.
         load_bytes: address space while a model is opened; None derives it from the size of its files.
-        trial_cpu_s: processor time of the throw-away process that tries a model at admission.
         session: see ``SessionLimits``; ``instances`` and ``lanes`` are each model's own.
     """
 
     load_timeout_s: float = 300.0
     load_bytes: int | None = None
-    trial_cpu_s: int = 60
     session: SessionLimits = field(default_factory=SessionLimits)
 
 
@@ -149,7 +150,7 @@ class WorkerBackend:
                 ),
                 self._keeper,
                 start,
-                partial(self._tell),
+                self._tell,
                 {layer: layer not in report.missing for layer in (*report.layers, *report.missing)},
             )
             holder.append(session.owner())
@@ -198,22 +199,6 @@ class WorkerBackend:
                 process.close()
                 raise
         return process, report
-
-    def try_out(self, path: Path, config: ModelConfig, *, name: str = "model") -> Report:
-        """Load a model once in a process of its own that is then thrown away: what it costs, it costs there.
-
-        Raises:
-            ModelLoadError: it cannot be loaded within the limits of time and memory.
-        """
-        artifact = Artifact(name, 1, path, config)
-        bare = replace(config, session=replace(config.session, trial=False))
-        try:
-            order = replace(self._order(replace(artifact, config=bare)), cpu_s=self._limits.trial_cpu_s)
-            process, report = self._start(artifact, order, lambda _: None)
-        except ForkError as error:
-            raise ModelLoadError(str(error)) from None
-        process.close()
-        return report
 
 
 def _opened(stack: ExitStack, path: Path) -> int:

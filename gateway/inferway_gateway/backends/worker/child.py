@@ -113,7 +113,7 @@ class Worker:
         missing: dict[str, str] = {}
         if order.config.session.extensions:
             extensions.load()
-        limits = Limits(order.address_space_bytes, order.cpu_s, open_files=_OPEN_FILES)
+        limits = Limits(order.address_space_bytes, open_files=_OPEN_FILES)
         if order.confine:
             held = confine(fds, limits, keep=[self._control.fileno(), *fds])
             layers, missing = held.held, dict(held.missing)

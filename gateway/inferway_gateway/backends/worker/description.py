@@ -48,7 +48,7 @@ class Order:
     Attributes:
         file: the ONNX file's name in the directory that was handed over; empty where the file itself was.
         files: descriptors that come after the model's, as paths of the configuration that stand for them.
-        address_space_bytes, cpu_s: limits of the process; None leaves them.
+        address_space_bytes: limit of the process; None leaves it.
         confine: lock the process in first.
         test_hooks: let a run be told to crash, for tests.
     """
@@ -61,7 +61,6 @@ class Order:
     files: tuple[str, ...] = ()
     decided: Decided | None = None
     address_space_bytes: int | None = None
-    cpu_s: int | None = None
     confine: bool = True
     test_hooks: bool = False
 

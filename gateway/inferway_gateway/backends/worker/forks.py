@@ -61,7 +61,6 @@ class ForkServer:
         self._up = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="inferway-forks", daemon=True)
         self._started = False
-        self.restarts = 0
 
     def __enter__(self) -> Self:
         return self
@@ -142,7 +141,6 @@ class ForkServer:
                 process.wait()
             self._all_ended()
             if not self._closed.is_set():
-                self.restarts += 1
                 code = "at once" if process is None else f"with {process.returncode}"
                 _log.error("the fork server of the workers ended %s; it is started again", code)
                 self._closed.wait(_RESTART_S[min(failures, len(_RESTART_S) - 1)])

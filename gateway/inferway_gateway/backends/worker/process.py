@@ -10,7 +10,6 @@ import select
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -58,12 +57,8 @@ class WorkerProcess:
         self._lock = threading.Lock()
         self._lanes: list[Lane] = []
         self._fd_closed = False
-        self.title = title
-        self.ending = False
-        """The gateway ends it, so its end is no crash."""
         self.why = ""
         """Why it was killed, where the gateway did that."""
-        self.started = time.monotonic()
         self.warm_bytes = 0
         """Memory of its own once it was warm."""
         self.retired = False
@@ -245,7 +240,6 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End it and let go of everything; waits a second for it to go by itself. Idempotent."""
-        self.ending = True
         with self._lock:
             lanes, self._lanes = self._lanes, []
             closed, self._fd_closed = self._fd_closed, True
