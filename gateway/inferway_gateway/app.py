@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -47,6 +48,8 @@ from .http.budget_metrics import BudgetMetrics
 from .http.elsewhere_metrics import Elsewhere
 from .http.logs import access_log
 from .http.metrics import Metrics
+from .http.openai import chat, encoders
+from .http.openai import models as openai_models
 from .http.routing import ApiRoute, refuse_foreign_pages
 from .http.worker_metrics import WorkerMetrics
 from .settings import Settings, environment_variable
@@ -66,6 +69,7 @@ from .store.versions import VersionDirectories
 logger = logging.getLogger("inferway")
 
 READ: Final = frozenset({"read"})
+INFER: Final = frozenset({"infer"})
 INFER_OR_READ: Final = frozenset({"infer", "read"})
 DEPLOY: Final = frozenset({"deploy"})
 ADMIN: Final = frozenset({"admin"})
@@ -103,6 +107,7 @@ class State(TypedDict):
     versions: VersionDirectories
     metrics: Metrics
     access_log: Callable[..., None] | None
+    started_at: int
 
 
 def routes() -> list[ApiRoute]:
@@ -165,6 +170,13 @@ def routes() -> list[ApiRoute]:
         ApiRoute(blob, routes_blobs.put_blob, "PUT", scopes=DEPLOY),
         ApiRoute("/api/v1/registry/gc", routes_blobs.collect_garbage, "POST", scopes=ADMIN),
         ApiRoute("/api/v1/registry/check", routes_blobs.check_registry, "GET", scopes=ADMIN),
+        ApiRoute("/v1/chat/completions", chat.chat_completions, "POST", scopes=INFER),
+        ApiRoute("/v1/completions", chat.completions, "POST", scopes=INFER),
+        ApiRoute("/v1/embeddings", encoders.embeddings, "POST", scopes=INFER),
+        ApiRoute("/v1/rerank", encoders.rerank, "POST", scopes=INFER),
+        ApiRoute("/v1/classify", encoders.classify, "POST", scopes=INFER),
+        ApiRoute("/v1/models", openai_models.list_models, "GET", scopes=INFER_OR_READ),
+        ApiRoute("/v1/models/{id:path}", openai_models.get_model, "GET", scopes=INFER_OR_READ),
         ApiRoute("/metrics", oip.metrics, "GET", scopes=READ),
         ApiRoute("/openapi.json", routes_docs.openapi_json, "GET", basic=True),
         ApiRoute("/docs", routes_docs.docs_page, "GET", basic=True),
@@ -360,6 +372,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 versions=storage.versions,
                 metrics=metrics,
                 access_log=access_log() if settings.access_log else None,
+                started_at=int(time.time()),
             )
 
     app = GatewayApplication(routes(), lifespan)

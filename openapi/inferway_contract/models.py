@@ -2,8 +2,9 @@
 
 Three attitudes towards what a model does not know: bodies that our own routes under ``/api`` receive refuse unknown
 members (`Strict`), because a misspelt ``expires_in`` must not make a key that lives for ever; bodies of the Open
-Inference Protocol ignore them, as the protocol says (`Lenient`); answers keep them, and take any text where the
-contract has a closed set (`Answer`), so that a client may be older than its gateway.
+Inference Protocol and of the routes under ``/v1`` ignore them, as the protocol and OpenAI's clients expect (`Lenient`);
+answers keep them, and take any text where the contract has a closed set (`Answer`), so that a client may be older than
+its gateway.
 
 None of them is meant for the hot path: tensors' elements are plain Python values or raw bytes.
 """
@@ -13,13 +14,27 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+    WithJsonSchema,
+)
 
 from .names import (
     ALIAS_FALLBACK_MAX_ITEMS,
     ALIAS_WEIGHTS_MAX_ITEMS,
     BODY_LIMIT_BYTES,
+    CHOICES_MAX,
     DEFAULT_ALIAS,
+    EMBEDDING_INPUTS_MAX_ITEMS,
     FILE_PATH_MAX_LENGTH,
     KEY_CURSOR_MAX_LENGTH,
     KEY_DEFAULT_OVERLAP_S,
@@ -31,10 +46,17 @@ from .names import (
     LABEL_MAX_LENGTH,
     LABELS_MAX_ITEMS,
     LIST_MAX_LIMIT,
+    LOGIT_BIAS_MAX_ITEMS,
     MAX_DIM,
     MAX_RANK,
     MAX_VERSION,
+    MESSAGES_MAX_ITEMS,
     METADATA_MAX_ITEMS,
+    MODEL_REFERENCE_MAX_LENGTH,
+    RERANK_DOCUMENTS_MAX_ITEMS,
+    STOP_MAX_ITEMS,
+    TOOLS_MAX_ITEMS,
+    TOP_LOGPROBS_MAX,
     UPLOAD_LIMIT_BYTES,
     VERSION_FILES_MAX_ITEMS,
     Datatype,
@@ -51,7 +73,8 @@ class Strict(BaseModel):
 
 
 class Lenient(BaseModel):
-    """A body of the Open Inference Protocol that the gateway receives: unknown members are ignored."""
+    """A body of the Open Inference Protocol, or of a route under ``/v1``, that the gateway receives: unknown members
+    are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -738,3 +761,465 @@ class RegistryReport(Answer):
     checked: Count
     ok: bool
     problems: list[RegistryProblem]
+
+
+# --- text, in the shape of OpenAI's clients ----------------------------------------------------------------------
+
+
+def _kind(value: object) -> str:
+    """Which member of a union a value is meant as."""
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list):
+        if any(isinstance(item, list) for item in value):
+            return "token lists"
+        return "tokens" if any(isinstance(item, int | float) for item in value) else "texts"
+    return "none" if value is None else "object"
+
+
+ModelReference: TypeAlias = Annotated[StrictStr, Field(min_length=1, max_length=MODEL_REFERENCE_MAX_LENGTH)]
+"""``NAME``, ``NAME@ALIAS`` or ``NAME/versions/3``, and ``:ADAPTER`` after it."""
+_NUMBER = BeforeValidator(_number)
+Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1), _NUMBER]
+Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2), _NUMBER]
+Tokens: TypeAlias = Annotated[int, Field(ge=1), _WHOLE]
+TokenIds: TypeAlias = list[Annotated[StrictInt, Field(ge=0)]]
+StopStrings: TypeAlias = Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(max_length=STOP_MAX_ITEMS)]
+TextOrTokens: TypeAlias = Annotated[
+    Annotated[StrictStr, Tag("text")]
+    | Annotated[list[StrictStr], Field(min_length=1, max_length=EMBEDDING_INPUTS_MAX_ITEMS), Tag("texts")]
+    | Annotated[TokenIds, Field(min_length=1), Tag("tokens")]
+    | Annotated[
+        list[Annotated[TokenIds, Field(min_length=1)]],
+        Field(min_length=1, max_length=EMBEDDING_INPUTS_MAX_ITEMS),
+        Tag("token lists"),
+    ],
+    Discriminator(
+        _kind,
+        custom_error_type="text_or_tokens",
+        custom_error_message="expected a text, texts, token ids or lists of token ids",
+    ),
+    WithJsonSchema({}),
+]
+
+
+class OpenAIErrorDetail(Answer):
+    """``param`` is the member of the request that it is about, such as ``messages[2].content``."""
+
+    message: str = Field(min_length=1)
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIError(Answer):
+    """The error body under ``/v1``: OpenAI's, with the members of RFC 9457 beside it."""
+
+    error: OpenAIErrorDetail
+    type: Annotated[str, Field(pattern=r"^urn:inferway:error:[a-z_]+$")]
+    title: str = Field(min_length=1)
+    status: int = Field(ge=400, le=599)
+    detail: str = Field(min_length=1)
+    code: str
+    request_id: RequestId
+
+
+class StreamOptions(Lenient):
+    include_usage: StrictBool | None = None
+
+
+class JsonSchemaFormat(Lenient):
+    """``schema`` is kept as it came; what it may say, the gateway's constraints decide."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+
+    name: StrictStr | None = None
+    description: StrictStr | None = None
+    schema_: dict[str, Any] | StrictBool | None = Field(
+        default=None, alias="schema", json_schema_extra={"anyOf": [{"type": "object"}, {"type": "null"}]}
+    )
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(Lenient):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class GenerationOptions(Lenient):
+    """What chat and completions have in common. An explicit null is as good as absent everywhere."""
+
+    model: ModelReference
+    max_tokens: Tokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), _NUMBER] | None = None
+    top_p: Fraction | None = None
+    top_k: Annotated[int, Field(ge=-1), _WHOLE] | None = None
+    min_p: Fraction | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100), _NUMBER] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _WHOLE] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100), _NUMBER]],
+            Field(max_length=LOGIT_BIAS_MAX_ITEMS),
+        ]
+        | None
+    ) = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX), _WHOLE] | None = None
+    stop: Annotated[
+        Annotated[StrictStr, Field(min_length=1), Tag("text")]
+        | Annotated[StopStrings, Tag("texts")]
+        | Annotated[None, Tag("none")],
+        Discriminator(
+            lambda value: "texts" if isinstance(value, list) else _kind(value),
+            custom_error_type="stop",
+            custom_error_message="expected a text or a list of texts",
+        ),
+        WithJsonSchema({}),
+    ] = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: Annotated[dict[str, Any] | StrictBool | StrictStr | None, WithJsonSchema({})] = None
+    guided_regex: Annotated[StrictStr, Field(min_length=1)] | None = None
+    guided_choice: Annotated[list[StrictStr], Field(min_length=1)] | None = None
+    guided_grammar: Annotated[StrictStr, Field(min_length=1)] | None = None
+    ignore_eos: StrictBool | None = None
+    user: StrictStr | None = None
+
+
+class FunctionCall(Lenient):
+    name: StrictStr
+    arguments: StrictStr
+
+
+class ToolCall(Lenient):
+    """A call that the model made earlier, as it was told. ``arguments`` is JSON in a text."""
+
+    id: StrictStr | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
+class ContentPart(Lenient):
+    """A text model takes parts of type ``text``, and ``refusal`` where it repeats an answer."""
+
+    type: StrictStr
+    text: StrictStr | None = None
+    refusal: StrictStr | None = None
+
+
+class ChatMessage(Lenient):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        Annotated[StrictStr, Tag("text")]
+        | Annotated[list[ContentPart], Field(min_length=1), Tag("parts")]
+        | Annotated[None, Tag("none")],
+        Discriminator(
+            lambda value: "parts" if isinstance(value, list) else _kind(value),
+            custom_error_type="content",
+            custom_error_message="expected a text or a list of parts",
+        ),
+        WithJsonSchema({}),
+    ] = None
+    name: StrictStr | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: StrictStr | None = None
+    refusal: StrictStr | None = None
+
+
+class FunctionDefinition(Lenient):
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class FunctionTool(Lenient):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(Lenient):
+    name: StrictStr
+
+
+class NamedToolChoice(Lenient):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatCompletionRequest(GenerationOptions):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MESSAGES_MAX_ITEMS)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX), _WHOLE] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=TOOLS_MAX_ITEMS)] | None = None
+    tool_choice: Annotated[
+        Annotated[Literal["none", "auto", "required"], Tag("text")]
+        | Annotated[NamedToolChoice, Tag("object")]
+        | Annotated[None, Tag("none")],
+        Discriminator(
+            _kind,
+            custom_error_type="tool_choice",
+            custom_error_message="expected 'none', 'auto', 'required' or a function by its name",
+        ),
+        WithJsonSchema({}),
+    ] = None
+    parallel_tool_calls: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(GenerationOptions):
+    prompt: TextOrTokens
+    echo: StrictBool | None = None
+    suffix: StrictStr | None = None
+    best_of: Annotated[int, Field(ge=1, le=CHOICES_MAX), _WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX), _WHOLE] | None = None
+
+
+class PromptTokensDetails(Answer):
+    cached_tokens: Count
+
+
+class CompletionUsage(Answer):
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class TopLogprob(Answer):
+    """``token`` is lossy where the token is no whole character; ``bytes`` are its own."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprobs(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(Answer):
+    content: list[TokenLogprobs] | None
+    refusal: None = None
+
+
+class AnsweredFunctionCall(Answer):
+    name: str
+    arguments: str
+
+
+class AnsweredToolCall(Answer):
+    id: str
+    type: str
+    function: AnsweredFunctionCall
+
+
+class AssistantMessage(Answer):
+    role: str
+    content: str | None
+    refusal: str | None = None
+    tool_calls: list[AnsweredToolCall] | None = None
+
+
+class ChatChoice(Answer):
+    index: Count
+    message: AssistantMessage
+    finish_reason: str
+    logprobs: ChoiceLogprobs | None = None
+
+
+class ChatCompletion(Answer):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+    system_fingerprint: str | None = None
+
+
+class FunctionCallDelta(Answer):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(Answer):
+    """``id``, ``type`` and the name come with the first delta of an index, then the arguments' text in pieces."""
+
+    index: Count
+    id: str | None = None
+    type: str | None = None
+    function: FunctionCallDelta | None = None
+
+
+class ChatDelta(Answer):
+    role: str | None = None
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChatChunkChoice(Answer):
+    index: Count
+    delta: ChatDelta
+    finish_reason: str | None
+    logprobs: ChoiceLogprobs | None = None
+
+
+class ChatCompletionChunk(Answer):
+    """One event of a stream. ``choices`` is empty in the one that has the usage."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: CompletionUsage | None = None
+    system_fingerprint: str | None = None
+
+
+class CompletionLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    index: Count
+    text: str
+    finish_reason: str | None
+    logprobs: CompletionLogprobs | None = None
+
+
+class Completion(Answer):
+    """An answer, and one event of a stream; ``usage`` is in the whole answer and in the last event where asked for."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: CompletionUsage | None = None
+    system_fingerprint: str | None = None
+
+
+class OpenAIModel(Answer):
+    """A name that requests under ``/v1`` may have as their ``model``.
+
+    Attributes:
+        task: generate, embeddings, classify or rerank; None for a model that takes tensors alone.
+        max_model_len: tokens of prompt and answer together.
+        parent: the model whose adapter it is.
+    """
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    task: str | None = None
+    max_model_len: int | None = None
+    parent: str | None = None
+
+
+class OpenAIModelList(Answer):
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class EmbeddingsRequest(Lenient):
+    model: ModelReference
+    input: TextOrTokens
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    user: StrictStr | None = None
+
+
+class EncodingUsage(Answer):
+    prompt_tokens: Count
+    total_tokens: Count
+
+
+class Embedding(Answer):
+    """``embedding`` is numbers, or base64 of little-endian FP32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: Count
+    embedding: Annotated[list[float] | str, WithJsonSchema({})]
+
+
+class EmbeddingList(Answer):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EncodingUsage
+
+
+class RerankDocument(Lenient):
+    text: StrictStr
+
+
+class RerankRequest(Lenient):
+    model: ModelReference
+    query: Annotated[StrictStr, Field(min_length=1)]
+    documents: Annotated[
+        list[Annotated[StrictStr | RerankDocument, WithJsonSchema({})]],
+        Field(min_length=1, max_length=RERANK_DOCUMENTS_MAX_ITEMS),
+    ]
+    top_n: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    return_documents: StrictBool | None = None
+
+
+class RankedDocument(Answer):
+    text: str
+
+
+class RankedResult(Answer):
+    index: Count
+    relevance_score: float
+    document: RankedDocument | None = None
+
+
+class RerankAnswer(Answer):
+    """``results`` by falling score; ``method`` is cross-encoder or embedding."""
+
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    method: str
+    results: list[RankedResult]
+    usage: EncodingUsage
+
+
+class ClassifyRequest(Lenient):
+    model: ModelReference
+    input: TextOrTokens
+    top_k: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    user: StrictStr | None = None
+
+
+class LabelScore(Answer):
+    label: str
+    score: float
+
+
+class Classification(Answer):
+    """``scores`` by falling score; ``label`` and ``score`` are the first of them."""
+
+    object: Literal["classification"] = "classification"
+    index: Count
+    label: str
+    score: float
+    scores: list[LabelScore]
+
+
+class ClassificationList(Answer):
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Classification]
+    usage: EncodingUsage

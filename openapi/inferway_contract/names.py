@@ -194,3 +194,16 @@ DEPLOYMENT_WAIT_MAX_S: Final = 30
 LIST_MAX_LIMIT: Final = 1000
 LIST_DEFAULT_LIMIT: Final = 100
 """Of deployments and of events."""
+
+MODEL_REFERENCE_MAX_LENGTH: Final = 256
+"""What stands for a model in a body under ``/v1``."""
+CHOICES_MAX: Final = 16
+"""Answers to one prompt (``n``), and prompts of one request for completions times that."""
+MESSAGES_MAX_ITEMS: Final = 4096
+STOP_MAX_ITEMS: Final = 16
+TOP_LOGPROBS_MAX: Final = 20
+LOGIT_BIAS_MAX_ITEMS: Final = 1024
+TOOLS_MAX_ITEMS: Final = 128
+EMBEDDING_INPUTS_MAX_ITEMS: Final = 2048
+"""Texts of one request for embeddings or classes."""
+RERANK_DOCUMENTS_MAX_ITEMS: Final = 1000

@@ -4,6 +4,7 @@
       MalformedRequestError             malformed_request     no
         InvalidTensorError              invalid_tensor        no
         InvalidParameterError           invalid_parameter     no
+          ContextLengthError            context_length_exceeded no
         DigestMismatchError             digest_mismatch       no
       UnsupportedEncodingError          unsupported_encoding  no
       UnsupportedOperationError         unsupported           no
@@ -78,9 +79,23 @@ class InvalidTensorError(MalformedRequestError):
 
 
 class InvalidParameterError(MalformedRequestError):
-    """A request parameter has the wrong type or lies outside its range."""
+    """A request parameter has the wrong type or lies outside its range.
+
+    Attributes:
+        param: the member of the request that it is about, as the caller wrote it; None where that is not known.
+    """
 
     code = "invalid_parameter"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(InvalidParameterError):
+    """Prompt and wanted tokens do not fit the model's context; the message has both numbers."""
+
+    code = "context_length_exceeded"
 
 
 class UnsupportedEncodingError(GatewayError):

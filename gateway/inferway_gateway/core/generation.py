@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
+from .errors import ContextLengthError as ContextLengthError  # told of with the others here
 from .errors import InvalidParameterError
 from .stats import Histogram
 
@@ -28,20 +29,8 @@ TOKEN_SECONDS_BOUNDS: Final = (
 STEPS_BOUNDS: Final = (0.0, 1.0, 2.0, 3.0, 4.0, 8.0)
 
 
-class GenerationParameterError(InvalidParameterError):
-    """A parameter of a generation cannot be what it is.
-
-    Attributes:
-        param: the field of the request that it is about, as the caller wrote it.
-    """
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-class ContextLengthError(GenerationParameterError):
-    """Prompt and wanted tokens do not fit the model's context; the message has both numbers."""
+GenerationParameterError = InvalidParameterError
+"""A parameter of a generation cannot be what it is; ``param`` names it."""
 
 
 @dataclass(frozen=True, slots=True)

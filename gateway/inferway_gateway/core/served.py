@@ -9,6 +9,7 @@ from typing import Any, Literal
 from .backend import Profile, Session
 from .batcher import Batcher
 from .execution import Dependent, Executor
+from .generation import TextGenerator
 from .model_config import ModelConfig
 from .stats import ModelStats
 
@@ -23,6 +24,7 @@ class ServedVersion:
         session: what stands behind the executor and is closed after it; None for a remote model and a pipeline.
         batcher: what answers its requests: a batcher over the session, or another executor.
         wire: whatever the HTTP side keeps beside the version, so that it goes with it.
+        text: what answers for it under ``/v1``, where it is a text model.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ServedVersion:
     batcher: Executor
     stats: ModelStats
     wire: Any = None
+    text: TextGenerator | None = None
 
     @property
     def profile(self) -> Profile:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
 from inferway_contract.codes import ERRORS, problem_type
 
-from ..core.errors import GatewayError, ModelNotReadyError, UploadConflictError
+from ..core.errors import GatewayError, InvalidParameterError, ModelNotReadyError, NotFoundError, UploadConflictError
 
 STATUSES: Final[Mapping[str, int]] = {code: kind.status for code, kind in ERRORS.items()}
 """Code to status, as the contract has it."""
+_OPENAI_TYPES: Final[Mapping[int, str]] = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+"""Status to the ``type`` of an error, where it is neither that of 4xx nor that of 5xx."""
 DEFAULT_RETRY_AFTER_S: Final = 1.0
 Headers = list[tuple[bytes, bytes]]
 
@@ -32,21 +38,19 @@ def render(error: GatewayError, path: str, request_id: str, *, basic: bool = Fal
 
     Args:
         error: what went wrong.
-        path: the request's path, which decides the shape of the body: RFC 9457 below ``/api/``, the Open Inference
-            Protocol's ``{"error": ...}`` everywhere else.
+        path: the request's path, which decides the shape of the body: RFC 9457 below ``/api/``, OpenAI's with the
+            members of RFC 9457 below ``/v1/``, the Open Inference Protocol's ``{"error": ...}`` everywhere else.
         basic: the route also takes HTTP Basic, so a 401 says so.
     """
     status = STATUSES[error.code]
-    if path.startswith("/api/"):
+    body: dict[str, Any]
+    if path.startswith("/v1/"):
+        # No application/problem+json: OpenAI's client for JavaScript reads a body as JSON by its type alone.
+        content_type = b"application/json"
+        body = {"error": openai_error(error), **_problem(error, status, request_id)}
+    elif path.startswith("/api/"):
         content_type = b"application/problem+json"
-        body: dict[str, str | int] = {
-            "type": problem_type(error.code),
-            "title": ERRORS[error.code].title,
-            "status": status,
-            "detail": error.message,
-            "code": error.code,
-            "request_id": request_id,
-        }
+        body = _problem(error, status, request_id)
         if isinstance(error, UploadConflictError):
             body["received"] = error.received
     else:
@@ -73,3 +77,27 @@ def render(error: GatewayError, path: str, request_id: str, *, basic: bool = Fal
     elif error.code == "unsupported_encoding":
         headers.append((b"accept-encoding", b"gzip, deflate"))
     return status, headers, payload
+
+
+def openai_error(error: GatewayError) -> dict[str, str | None]:
+    """The ``error`` member of a body under ``/v1``, and of an event of a stream that fails."""
+    param = None
+    if isinstance(error, InvalidParameterError):
+        param = error.param
+    elif isinstance(error, NotFoundError) and error.code != "not_found":
+        param = "model"
+    status = STATUSES[error.code]
+    kind = _OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"message": error.message, "type": kind, "param": param, "code": error.code}
+
+
+def _problem(error: GatewayError, status: int, request_id: str) -> dict[str, Any]:
+    """The members of RFC 9457, and ours."""
+    return {
+        "type": problem_type(error.code),
+        "title": ERRORS[error.code].title,
+        "status": status,
+        "detail": error.message,
+        "code": error.code,
+        "request_id": request_id,
+    }

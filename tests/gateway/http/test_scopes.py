@@ -62,6 +62,13 @@ OPENED_BY: dict[tuple[str, str], set[str]] = {
     ("PUT", "/api/v1/blobs/{digest}"): DEPLOY_ADMIN,
     ("POST", "/api/v1/registry/gc"): {"admin"},
     ("GET", "/api/v1/registry/check"): {"admin"},
+    ("POST", "/v1/chat/completions"): {"infer", "admin"},
+    ("POST", "/v1/completions"): {"infer", "admin"},
+    ("POST", "/v1/embeddings"): {"infer", "admin"},
+    ("POST", "/v1/rerank"): {"infer", "admin"},
+    ("POST", "/v1/classify"): {"infer", "admin"},
+    ("GET", "/v1/models"): INFER_READ_ADMIN,
+    ("GET", "/v1/models/{id:path}"): INFER_READ_ADMIN,
     ("GET", "/metrics"): READ_ADMIN,
     ("GET", "/openapi.json"): ANY,
     ("GET", "/docs"): ANY,
@@ -83,6 +90,7 @@ def path_of(template: str) -> str:
         ("key_id", "000000000000"),
         ("alias", "stable"),
         ("digest", "0" * 64),
+        ("id:path", "nobody/at/all"),
     ):
         template = template.replace("{" + name + "}", value)
     return template
@@ -123,7 +131,7 @@ def test_no_route_is_open_without_a_good_key(gateway: LiveGateway, method: str, 
         assert status == 401
         assert answer["code"] == "unauthenticated"
         assert headers["WWW-Authenticate"].startswith("Bearer")
-        bodies.add(answer.get("error") or answer.get("detail"))
+        bodies.add(answer.get("detail") or answer.get("error"))
     assert len(bodies) <= 2  # none given, and none good: never why
 
 

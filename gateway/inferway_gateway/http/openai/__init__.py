@@ -1,0 +1,1 @@
+"""The routes under ``/v1``: text models in the shape of OpenAI's API."""
