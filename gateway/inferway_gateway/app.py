@@ -19,6 +19,7 @@ from .backends.isolation import ChosenIsolation
 from .backends.onnx import OnnxBackend
 from .backends.onnx.admission import EXTENSIONS_DOMAINS, admit
 from .backends.remote import RemoteBackend
+from .backends.text import read_package
 from .backends.worker import BackendOptions, SessionLimits, WorkerBackend, WorkerLimits, WorkerSession
 from .backends.worker.sandbox import capabilities
 from .core.backend import Artifact
@@ -256,6 +257,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 {"inprocess": backend, "worker": workers},
                 {"remote": open_remote, "pipeline": open_pipeline},
                 threads=settings.parallel_deployments,
+                read_text=read_package,
             )
             await stack.enter_async_context(opener)
             managed = ManagedVersions(
@@ -278,6 +280,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 strict_readiness=settings.strict_readiness,
                 managed=managed,
                 builders={REMOTE_FILE: build_remote, PIPELINE_FILE: build_pipeline, ENSEMBLE_FILE: build_ensemble},
+                read_text=read_package,
             )
             stack.push_async_callback(registry.close)
 

@@ -1136,6 +1136,7 @@ class EmbeddingsRequest(Lenient):
     input: TextOrTokens
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    input_type: Annotated[StrictStr, Field(max_length=64)] | None = None
     user: StrictStr | None = None
 
 
@@ -1199,6 +1200,7 @@ class ClassifyRequest(Lenient):
     model: ModelReference
     input: TextOrTokens
     top_k: Annotated[int, Field(ge=1), _WHOLE] | None = None
+    activation: Literal["softmax", "sigmoid", "none"] | None = None
     user: StrictStr | None = None
 
 

@@ -179,6 +179,8 @@ class Artifact:
     path: Path
     """The ONNX file; external data, where present, lies in the same directory."""
     config: ModelConfig = field(default_factory=ModelConfig)
+    home: Path | None = None
+    """The model's own folder, where files that belong to it may lie; None: there is only the ONNX file's."""
 
 
 class Backend(Protocol):

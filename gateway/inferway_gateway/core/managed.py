@@ -24,6 +24,7 @@ from .backend import Session
 from .batcher import Batcher
 from .budget import Key, MemoryBudget
 from .catalog import Footprint, VersionRecord
+from .encoding import TextEncoder, TextPackage
 from .errors import (
     ConflictError,
     DeadlineExceededError,
@@ -67,12 +68,14 @@ class Opened:
     Attributes:
         session: requests to it are batched by us; None where ``executor`` answers them itself.
         footprint: measured; None where it could not be, and the estimate holds.
+        text: what makes a text encoder of it; None where it is none.
     """
 
     config: ModelConfig
     session: Session | None = None
     executor: Executor | None = None
     footprint: Footprint | None = None
+    text: TextPackage | None = None
 
 
 class Opener(Protocol):
@@ -468,7 +471,9 @@ class ManagedVersions:
             raise
         self._unload(leaving)
         logger.info("'%s' version %d is loaded in %.2f s", name, version, self._clock() - started)
-        return ServedVersion(name, version, opened.config, opened.session, executor, found.stats)
+        package = opened.text
+        text = None if package is None else TextEncoder(executor, package.spec, package.tokenizer)
+        return ServedVersion(name, version, opened.config, opened.session, executor, found.stats, text=text)
 
     def _need(self, found: _Version) -> int:
         if found.footprint is not None:

@@ -146,6 +146,38 @@ class VersionPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class TextOptions:
+    """What is declared of a text encoder: a graph over token ids with a ``tokenizer.json`` beside it. None, and empty,
+    leave it to the files of sentence-transformers, where there are any.
+
+    Attributes:
+        task: what the model is for.
+        output: the graph's output to read.
+        pooling: how one vector comes of a vector for each token; none where the graph does it.
+        normalise: vectors are brought to length 1.
+        max_tokens: of one text, special ones counted.
+        long_text: what happens to a longer one.
+        dimensions: lengths to which a vector may be cut, as a model allows that was trained so; "any" for each.
+        labels: of the classes, in the order of the output.
+        multi_label: a text may have several labels, so that each has a probability of its own.
+        activation: what makes scores of logits.
+        prompts: kind of input, such as ``query`` and ``document``, to what is put before it.
+    """
+
+    task: Literal["embeddings", "classify", "rerank"] | None = None
+    output: str | None = None
+    pooling: Literal["mean", "cls", "last", "max", "none"] | None = None
+    normalise: bool | None = None
+    max_tokens: int | None = None
+    long_text: Literal["error", "truncate", "chunk"] | None = None
+    dimensions: tuple[int, ...] | Literal["any"] | None = None
+    labels: tuple[str, ...] = ()
+    multi_label: bool | None = None
+    activation: Literal["softmax", "sigmoid", "none"] | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Everything that configuration files say of one model.
 
@@ -155,6 +187,7 @@ class ModelConfig:
             processors; in worker processes, how many of these there are, by default one.
         isolation: where a model of the folder runs; None: in this process. Not for deployed models.
         run_timeout_s: a run that takes longer is ended; None takes the gateway's.
+        text: declared of a text encoder; None where nothing is.
         raw: the configuration as the protocol's `config` route shows it, in Triton's JSON names.
     """
 
@@ -170,4 +203,5 @@ class ModelConfig:
     warmup: tuple[Warmup, ...] = ()
     run_timeout_s: float | None = None
     parameters: dict[str, str] = field(default_factory=dict)
+    text: TextOptions | None = None
     raw: dict[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from typing import Final, Protocol, Self
 
 from .backend import Artifact, Backend, Session
 from .catalog import Footprint, Isolation, Kind, VersionRecord
+from .encoding import TextReader
 from .errors import ModelLoadError
 from .execution import Executor
 from .managed import Opened
@@ -40,6 +41,7 @@ class VersionOpener:
         backends: where models run.
         builders: kind to what makes its executor, for kinds other than models.
         threads: loads that go on at once.
+        read_text: reads what makes a text encoder of a model; None: there are none.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class VersionOpener:
         builders: Mapping[Kind, Builder],
         *,
         threads: int = 2,
+        read_text: TextReader | None = None,
     ) -> None:
+        self._read_text = read_text
         self._place = place
         self._describe = describe
         self._backends = backends
@@ -93,7 +97,15 @@ class VersionOpener:
             if not work.cancel():
                 work.add_done_callback(_close_orphan)
             raise
-        return Opened(artifact.config, session, footprint=_footprint(session))
+        package = None
+        if self._read_text is not None:
+            try:
+                package = await asyncio.to_thread(self._read_text, artifact, session.signature)
+            except BaseException:
+                await asyncio.shield(self.close(session))
+                raise
+        config = artifact.config if package is None else package.config
+        return Opened(config, session, footprint=_footprint(session), text=package)
 
     async def close(self, session: Session) -> None:
         await asyncio.to_thread(session.close)

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, Protocol
 
 from .backend import Artifact, Backend, Session
 from .batcher import Batcher
+from .encoding import TextEncoder, TextReader
 from .errors import (
     ConflictError,
     GatewayError,
@@ -97,6 +98,7 @@ class Registry:
         managed: the catalog's versions, which stand beside the folder's. A name that both have is the folder's.
         builders: name of the file that stands for a model, to what makes its executor. What it leans on may come later
             than it does, so a version that could not be made is tried again.
+        read_text: reads what makes a text encoder of a model; None: there are none.
     """
 
     def __init__(
@@ -113,7 +115,9 @@ class Registry:
         strict_readiness: bool = True,
         managed: ManagedVersions | None = None,
         builders: Mapping[str, Builder] | None = None,
+        read_text: TextReader | None = None,
     ) -> None:
+        self._read_text = read_text
         self._repository = repository
         self._backend = backend
         self._runners = runners
@@ -468,6 +472,8 @@ class Registry:
         """Load one version and swap it in. Returns why that failed; what served before then serves on."""
         session: Session | None = None
         executor: Executor
+        text: TextEncoder | None = None
+        config = found.config
         try:
             artifact = found.artifact(version)
             stats = model.ready[version].stats if version in model.ready else ModelStats()
@@ -476,15 +482,22 @@ class Registry:
                 executor = await builder(model.name, version, artifact.path.parent, stats)
             else:
                 session = await self._in_loader(self._backend.open, artifact)
+                package = None
+                if self._read_text is not None:
+                    package = await self._in_loader(self._read_text, artifact, session.signature)
+                    config = config if package is None else package.config
                 executor = Batcher(
                     session,
-                    found.config,
+                    config,
                     stats,
                     self._runners,
                     run_timeout_s=self._run_timeout_s,
                     name=f"'{model.name}' version {version}",
                 )
+                text = None if package is None else TextEncoder(executor, package.spec, package.tokenizer)
         except Exception as error:
+            if session is not None:
+                await self._in_loader(session.close)
             if isinstance(error, GatewayError):
                 reason = error.message
                 if not isinstance(error, ModelLoadError):
@@ -496,10 +509,9 @@ class Registry:
             model.states[version] = _failed(reason, serves=version in model.ready)
             return reason
         old = model.ready.get(version)
-        config = found.config
         if session is None and config.platform == "onnxruntime_onnx":
             config = replace(config, platform=f"inferway_{artifact.path.stem}")
-        served = ServedVersion(model.name, version, config, session, executor, stats)
+        served = ServedVersion(model.name, version, config, session, executor, stats, text=text)
         model.ready[version] = served
         model.states[version] = ("READY", "")
         model.loaded[version] = found.version_fingerprints[version]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from .backend import Profile, Session
 from .batcher import Batcher
+from .encoding import TextEncoder
 from .execution import Dependent, Executor
 from .generation import TextGenerator
 from .model_config import ModelConfig
@@ -34,7 +35,7 @@ class ServedVersion:
     batcher: Executor
     stats: ModelStats
     wire: Any = None
-    text: TextGenerator | None = None
+    text: TextGenerator | TextEncoder | None = None
 
     @property
     def profile(self) -> Profile:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
-from ..core.model_config import ModelConfig, PaddingAxis
+from ..core.model_config import ModelConfig, PaddingAxis, TextOptions
 from .triton_config import ConfigError
 
 Axis = Annotated[int, Field(ge=1, le=31)]
@@ -91,6 +91,47 @@ class SessionOptionsTable(_Strict):
     extensions: bool | None = None
 
 
+class TextTable(_Strict):
+    """``[text]``: a text encoder, that is a graph over token ids with a ``tokenizer.json`` beside it.
+
+    What sentence-transformers' own files beside the graph say need not be said again.
+
+    Attributes:
+        task: embeddings, classify or rerank.
+        output: the graph's output that is read.
+        pooling: how one vector comes of one for each token; none where the graph does that.
+        normalise: true brings vectors to length 1.
+        max_tokens: of one text, special tokens counted.
+        long_text: what happens to a longer text: error refuses it, truncate cuts its end off, chunk embeds it in parts
+            and takes the mean, weighted by their tokens.
+        dimensions: lengths to which callers may have a vector cut, for models that were trained for it; "any" allows
+            each.
+        labels: names of the classes, in the order of the output.
+        multi_label: true gives each label a probability of its own.
+        activation: softmax, sigmoid or none, applied to the logits.
+        prompts: kind of input, such as query and document, to what is put before the text.
+    """
+
+    task: Literal["embeddings", "classify", "rerank"] | None = None
+    output: Annotated[str, Field(min_length=1)] | None = None
+    pooling: Literal["mean", "cls", "last", "max", "none"] | None = None
+    normalise: bool | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    long_text: Literal["error", "truncate", "chunk"] | None = None
+    dimensions: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] | Literal["any"] | None = None
+    labels: Annotated[tuple[str, ...], Field(strict=False, max_length=65_536)] = ()
+    multi_label: bool | None = None
+    activation: Literal["softmax", "sigmoid", "none"] | None = None
+    prompts: Annotated[dict[str, str], Field(max_length=64)] = {}
+
+    @field_validator("labels")
+    @classmethod
+    def _different(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("must be different from each other")
+        return value
+
+
 class ModelOptions(_Strict):
     """The whole file.
 
@@ -108,6 +149,7 @@ class ModelOptions(_Strict):
     max_batch_size: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     batching: BatchingOptions = BatchingOptions()
     session: SessionOptionsTable = SessionOptionsTable()
+    text: TextTable | None = None
 
 
 _TABLES: Final[dict[tuple[str, ...], type[BaseModel]]] = {
@@ -115,6 +157,7 @@ _TABLES: Final[dict[tuple[str, ...], type[BaseModel]]] = {
     ("batching",): BatchingOptions,
     ("batching", "padding"): PaddingOptions,
     ("session",): SessionOptionsTable,
+    ("text",): TextTable,
 }
 
 
@@ -168,6 +211,7 @@ def apply_options(config: ModelConfig, options: ModelOptions) -> ModelConfig:
     return replace(
         config,
         **_said(options, "run_timeout_s", "instances", "isolation", "max_batch_size"),
+        text=config.text if options.text is None else TextOptions(**options.text.model_dump()),
         batching=replace(
             config.batching,
             **_said(batching, "enabled", "row_exact", "max_queue_rows", "max_queue_bytes"),

@@ -62,6 +62,7 @@ class RepositoryModel:
         fingerprint: changes whenever any file of the model does.
         version_fingerprints: version to a value that changes whenever its own files or the configuration do.
         remark: what was read and had no effect; empty where nothing was.
+        folder: the model's own; None where it could not be read.
     """
 
     name: str
@@ -71,6 +72,7 @@ class RepositoryModel:
     fingerprint: str
     version_fingerprints: Mapping[int, str] = field(default_factory=dict)
     remark: str = ""
+    folder: Path | None = None
 
     def artifact(self, version: int) -> Artifact:
         """The files of one version, as a backend needs them.
@@ -81,7 +83,7 @@ class RepositoryModel:
         path = self.versions.get(version)
         if path is None:
             raise VersionNotFoundError(f"Request for unknown model: '{self.name}' version {version} is not found")
-        return Artifact(self.name, version, path, self.config)
+        return Artifact(self.name, version, path, self.config, self.folder)
 
 
 class ModelRepository:
@@ -179,7 +181,8 @@ class ModelRepository:
             message, remark = read_message(folder)
             config, versions = _read(folder, message)
             own = {v: _digest(parts.get("", ""), parts.get(str(v), "")) for v in versions}
-            return RepositoryModel(name, versions, config, _lack(config, versions), fingerprint, own, remark)
+            lack = _lack(config, versions)
+            return RepositoryModel(name, versions, config, lack, fingerprint, own, remark, folder.path)
         except ConfigError as error:
             return RepositoryModel(name, versions, ModelConfig(), str(error), fingerprint)
         except OSError as error:

@@ -114,7 +114,7 @@ def read_artifact(record: VersionRecord, place: Path) -> Artifact:
     except OSError as error:
         reason = error.strerror or "the files cannot be read"
         raise ModelRejectedError(f"'{record.model}' version {record.version}: {reason}") from error
-    return Artifact(record.model, record.version, path, config)
+    return Artifact(record.model, record.version, path, config, folder.path)
 
 
 def _read_config(record: VersionRecord, folder: ModelFolder) -> tuple[ModelConfig, str]:

@@ -2,39 +2,169 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import math
+from collections.abc import Callable, Coroutine, Sequence
 from time import perf_counter
-from typing import NoReturn
+from typing import Any, Final, TypeVar
 
+import numpy as np
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from inferway_contract import models as contract
 
+from ...core.encoding import Encoded, Text, TextEncoder, string_encoder, string_spec
 from ...core.errors import InvalidParameterError
+from ...core.generation import Ranking
 from ...core.served import ServedVersion
+from ..callers import while_there
 from .reading import read
-from .targets import answered, parse_reference
+from .targets import answered, granted_s, parse_reference
+
+_Result = TypeVar("_Result")
+_OFF_LOOP_NUMBERS: Final = 16_384
+"""Answers of more numbers are written on a thread; so many take about a millisecond as JSON."""
 
 
 async def embeddings(request: Request) -> Response:
+    started = perf_counter()
     body = await read(request.scope, request.receive, contract.EmbeddingsRequest)
-    return await _by_encoder(request, body.model, "embeddings")
+    inputs = _inputs(body.input)
+
+    def work(encoder: TextEncoder, deadline: float | None) -> Coroutine[Any, Any, Encoded]:
+        return encoder.embed(
+            inputs, dimensions=body.dimensions, kind=body.input_type, deadline=deadline, param=_name(body.input)
+        )
+
+    encoded = await _by_encoder(request, body.model, "embeddings", work, started)
+    packed = body.encoding_format == "base64"
+
+    def write() -> bytes:
+        rows = np.ascontiguousarray(encoded.values, "<f4")
+        vectors = (base64.b64encode(row).decode() for row in rows) if packed else iter(rows)
+        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+        return _json(object="list", data=data, model=body.model, usage=_usage(encoded.tokens))
+
+    return await _answer(write, encoded.values.size)
 
 
 async def rerank(request: Request) -> Response:
+    started = perf_counter()
     body = await read(request.scope, request.receive, contract.RerankRequest)
-    return await _by_encoder(request, body.model, "a ranking")
+    documents = [d if isinstance(d, str) else d.text for d in body.documents]
+
+    def work(encoder: TextEncoder, deadline: float | None) -> Coroutine[Any, Any, Ranking]:
+        return encoder.rerank(body.query, documents, deadline=deadline)
+
+    ranking = await _by_encoder(request, body.model, "a ranking", work, started)
+    # By falling score, and where two are equal as they came.
+    order = sorted(range(len(documents)), key=lambda index: -ranking.scores[index])[: body.top_n]
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": ranking.scores[i]} for i in order]
+    if body.return_documents:
+        for result in results:
+            result["document"] = {"text": documents[result["index"]]}
+
+    def write() -> bytes:
+        return _json(
+            id=_id(request),
+            object="list",
+            model=body.model,
+            method=ranking.method,
+            results=results,
+            usage=_usage(ranking.tokens),
+        )
+
+    returned = sum(map(len, documents)) if body.return_documents else 0
+    return await _answer(write, len(results) + returned // 16)
 
 
 async def classify(request: Request) -> Response:
-    body = await read(request.scope, request.receive, contract.ClassifyRequest)
-    return await _by_encoder(request, body.model, "classes")
-
-
-async def _by_encoder(request: Request, model: str, what: str) -> Response:
     started = perf_counter()
+    body = await read(request.scope, request.receive, contract.ClassifyRequest)
+    inputs = _inputs(body.input)
+    labels: tuple[str, ...] = ()
 
-    async def attempt(served: ServedVersion) -> NoReturn:
-        raise InvalidParameterError(f"expected a model that gives {what}, '{served.name}' does not", "model")
+    def work(encoder: TextEncoder, deadline: float | None) -> Coroutine[Any, Any, Encoded]:
+        nonlocal labels
+        labels = encoder.spec.labels
+        return encoder.classify(inputs, activation=body.activation, deadline=deadline, param=_name(body.input))
 
-    return await answered(request.scope, parse_reference(model), attempt, started=started)
+    encoded = await _by_encoder(request, body.model, "classes", work, started)
+
+    def write() -> bytes:
+        order = np.argsort(-encoded.values, axis=1, kind="stable")[:, : body.top_k]
+        data = []
+        for index, (row, best) in enumerate(zip(encoded.values.tolist(), order.tolist(), strict=True)):
+            scores = [{"label": labels[i], "score": row[i]} for i in best]
+            data.append({"object": "classification", "index": index, **scores[0], "scores": scores})
+        return _json(id=_id(request), object="list", model=body.model, data=data, usage=_usage(encoded.tokens))
+
+    return await _answer(write, encoded.values.size)
+
+
+async def _by_encoder(
+    request: Request,
+    model: str,
+    what: str,
+    work: Callable[[TextEncoder, float | None], Coroutine[Any, Any, _Result]],
+    started: float,
+) -> _Result:
+    scope = request.scope
+
+    async def attempt(served: ServedVersion) -> _Result:
+        encoder = encoder_of(served)
+        if encoder is None:
+            raise InvalidParameterError(f"expected a model that gives {what}, '{served.name}' does not", "model")
+        left = granted_s(scope, started)
+        deadline = None if left == math.inf else asyncio.get_running_loop().time() + left
+        result = await while_there(scope, request.receive, work(encoder, deadline))
+        served.stats.finished(perf_counter() - started, None)
+        return result
+
+    return await answered(scope, parse_reference(model), attempt, started=started)
+
+
+def encoder_of(served: ServedVersion) -> TextEncoder | None:
+    """The text encoder that a model version is; None where it is none."""
+    if isinstance(served.text, TextEncoder):
+        if served.text.vocabulary_size is not None or string_spec(served.batcher.signature) == served.text.spec:
+            return served.text
+        served.text = None  # a remote model became another one
+    if served.text is None:
+        served.text = string_encoder(served.batcher)
+        return served.text
+    return None
+
+
+def _inputs(given: Any) -> Sequence[Text]:
+    """One text, several, token ids or lists of those, as the contract took them, as one sequence."""
+    several = isinstance(given, list) and not isinstance(given[0], int)
+    inputs: Sequence[Text] = given if several else [given]
+    return inputs
+
+
+def _name(given: Any) -> Callable[[int], str]:
+    if isinstance(given, list) and not isinstance(given[0], int):
+        return lambda index: f"input[{index}]"
+    return lambda _: "input"
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def _id(request: Request) -> str:
+    identity: bytes = request.scope["request_id"]
+    return identity.decode()
+
+
+def _json(**members: Any) -> bytes:
+    return orjson.dumps(members, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+async def _answer(write: Callable[[], bytes], numbers: int) -> Response:
+    content = await asyncio.to_thread(write) if numbers > _OFF_LOOP_NUMBERS else write()
+    return Response(content, media_type="application/json")
