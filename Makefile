@@ -12,7 +12,7 @@ PYTHON := $(shell for python in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 WORKERS ?= 2
 # The models that tests open; the others are made by `make models`.
-TEST_MODELS := digits,minilm,minilm-int8,minilm-w8,resnet50,faults,packaged
+TEST_MODELS := digits,minilm,minilm-int8,minilm-w8,resnet50,faults,packaged,tiny-llm,smollm2,smollm2-lora
 SOURCES := sdk gateway openapi examples deploy docs tests *.md
 
 .PHONY: help demo serve test lint unit models bench clean env-demo env-test docs

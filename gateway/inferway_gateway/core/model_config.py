@@ -118,6 +118,30 @@ class SessionOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How a language model is served.
+
+    Attributes:
+        kv_cache_bytes: keys and values of all answers together, and of the prompts that are remembered; None: by the
+            model, see ``backends/language/backend.py``.
+        max_sequences: answers that are written at once.
+        max_waiting: requests that may wait for a place; more are refused.
+        wait_s: how long one may wait.
+        max_tokens: of an answer whose request does not say.
+        temperature, top_p, top_k: where a request does not say; None: as the model's files have them.
+    """
+
+    kv_cache_bytes: int | None = None
+    max_sequences: int = 16
+    max_waiting: int = 256
+    wait_s: float = 30.0
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WarmupInput:
     """One input of a warm-up request. Exactly one of the three sources of data is set."""
 
@@ -198,6 +222,7 @@ class ModelConfig:
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     batching: BatchPolicy = field(default_factory=BatchPolicy)
     session: SessionOptions = field(default_factory=SessionOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
     instances: int | None = None
     isolation: Literal["worker", "inprocess"] | None = None
     warmup: tuple[Warmup, ...] = ()

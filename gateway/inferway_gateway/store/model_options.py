@@ -132,6 +132,28 @@ class TextTable(_Strict):
         return value
 
 
+class GenerationTable(_Strict):
+    """``[generation]``, of language models.
+
+    Attributes:
+        kv_cache_bytes: memory for keys and values of all answers together, and of prompts that are remembered.
+        max_sequences: answers that are written at once.
+        max_waiting: requests that may wait for a place among them; more are refused.
+        wait_s: how long one may wait.
+        max_tokens: of an answer whose request does not say how long it may be.
+        temperature, top_p, top_k: of requests that do not say.
+    """
+
+    kv_cache_bytes: PositiveInt | None = None
+    max_sequences: Annotated[int, Field(ge=1, le=256)] | None = None
+    max_waiting: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    wait_s: PositiveFloat | None = None
+    max_tokens: PositiveInt | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+
+
 class ModelOptions(_Strict):
     """The whole file.
 
@@ -149,6 +171,7 @@ class ModelOptions(_Strict):
     max_batch_size: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     batching: BatchingOptions = BatchingOptions()
     session: SessionOptionsTable = SessionOptionsTable()
+    generation: GenerationTable = GenerationTable()
     text: TextTable | None = None
 
 
@@ -157,6 +180,7 @@ _TABLES: Final[dict[tuple[str, ...], type[BaseModel]]] = {
     ("batching",): BatchingOptions,
     ("batching", "padding"): PaddingOptions,
     ("session",): SessionOptionsTable,
+    ("generation",): GenerationTable,
     ("text",): TextTable,
 }
 
@@ -223,6 +247,7 @@ def apply_options(config: ModelConfig, options: ModelOptions) -> ModelConfig:
                 options.session, "providers", "intra_op_threads", "disabled_optimizers", "trial", "inline", "extensions"
             ),
         ),
+        generation=replace(config.generation, **_said(options.generation, *GenerationTable.model_fields)),
     )
 
 

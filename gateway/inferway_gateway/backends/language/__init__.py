@@ -1,0 +1,1 @@
+"""Language models: text in, text out, written by continuous batching over plain ONNX Runtime."""
