@@ -7,7 +7,7 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final, Protocol
 
 from ...core.errors import ModelLoadError, ShuttingDownError, WorkerCrashedError
@@ -82,7 +82,6 @@ class Generator:
         self.special_tokens: Final[Sequence[str]] = tuple(
             vocabulary.names[token] for token in sorted(vocabulary.special)
         )
-        self.special_tokens: Final[Collection[str]] = frozenset(vocabulary.names.values())
         self.adapters: Final[Sequence[str]] = tuple(sorted(package.adapters))
         self.template: Final = (
             None if package.template is None else ChatTemplate(package.template, approved, package.variables)
