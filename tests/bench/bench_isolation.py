@@ -77,7 +77,7 @@ async def measured(batcher: Batcher, session: Session, width: int, seconds: floa
         if batcher.run_inline(request) is None:
             await batcher.infer(request)
 
-    times = []
+    times: list[float] = []
     until = time.perf_counter() + seconds / 2
     while time.perf_counter() < until or len(times) < 5:
         begun = time.perf_counter()
