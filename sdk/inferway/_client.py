@@ -16,6 +16,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, Unpack
 
 from ._calls import reader
 from ._core import DEFAULT_BASE_URL, MAX_RESPONSE_BYTES, Call, Config, Reply, authorization, json_call, path_of
+from ._encoding import (
+    ClassifyResult,
+    RerankResult,
+    Texts,
+    Vectors,
+    classify_call,
+    rerank_call,
+)
 from ._engine import AsyncEngine, SyncEngine, logger
 from ._errors import ConfigurationError
 from ._inference import InferenceResult, Outputs
@@ -33,10 +41,16 @@ from ._options import (
     Timeout,
 )
 from ._raw import (
+    AsyncRawChat,
+    AsyncRawCompletions,
+    AsyncRawEmbeddings,
     AsyncRawHealth,
     AsyncRawKeys,
     AsyncRawMethod,
     AsyncRawModels,
+    RawChat,
+    RawCompletions,
+    RawEmbeddings,
     RawHealth,
     RawKeys,
     RawMethod,
@@ -44,6 +58,9 @@ from ._raw import (
     RawView,
 )
 from ._transport import AsyncHTTPClient, SyncHTTPClient, SyncSender, split_base_url
+from .resources.chat import AsyncChat, Chat
+from .resources.completions import AsyncCompletions, Completions
+from .resources.embeddings import AsyncEmbeddings, Embeddings, embed, embed_async
 from .resources.health import AsyncHealth, Health
 from .resources.inference import AsyncModelHandle, ModelHandle, run, run_async
 from .resources.keys import AsyncKeys, Keys
@@ -154,11 +171,16 @@ class Inferway:
         models: which models there are, and their life: deploying, versions, aliases, deleting.
         keys: API keys and their life.
         health: is the gateway there?
+        chat, completions: what language models answer.
+        embeddings: vectors of texts.
     """
 
     models: Models
     keys: Keys
     health: Health
+    chat: Chat
+    completions: Completions
+    embeddings: Embeddings
 
     def __init__(
         self,
@@ -205,6 +227,9 @@ class Inferway:
         self.models = Models(engine)
         self.keys = Keys(engine)
         self.health = Health(engine)
+        self.chat = Chat(engine)
+        self.completions = Completions(engine)
+        self.embeddings = Embeddings(engine)
         self._handles: dict[tuple[str, str | int | None], ModelHandle] = {}
 
     @property
@@ -247,6 +272,65 @@ class Inferway:
         The first call for a model fetches its signature, against which inputs are checked and cast.
         """
         return run(self.model(model, version), inputs, outputs, id, parameters, priority, binary, options)
+
+    def embed(
+        self, texts: Texts, *, model: str, dimensions: int | None = None, **options: Unpack[RequestOptions]
+    ) -> Vectors:
+        """Vectors of any number of texts: ``float32`` of shape ``[n, d]``, in the order of the texts.
+
+        Many texts are sent in several requests, one after the other; ``timeout`` is for all of them.
+
+        Args:
+            texts: a text, or several in a list, an array, a pandas or polars column, or any other iterable.
+            model: ``NAME`` or ``NAME@ALIAS``.
+            dimensions: cut the vectors to that length, where the model allows it.
+        Raises:
+            InvalidInputError: something among them is no text.
+            BadRequestError: a value cannot be used; ``param`` names the member.
+            APIError: there is no answer to one of the requests.
+        """
+        return embed(self._engine, texts, model, dimensions, options)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Texts,
+        *,
+        model: str,
+        top_n: int | None = None,
+        return_documents: bool = False,
+        **options: Unpack[RequestOptions],
+    ) -> RerankResult:
+        """Documents by their relevance to a query, the most relevant first.
+
+        Args:
+            query: a text.
+            documents: texts, in a list, an array, a pandas or polars column, or any other iterable.
+            model: a cross-encoder, or an embedding model, whose vectors are compared; ``method`` says which it was.
+            top_n: only so many of them.
+            return_documents: put the texts into the result.
+        Raises:
+            InvalidInputError: something among them is no text.
+            BadRequestError: a value cannot be used; ``param`` names the member.
+            APIError: there is no answer.
+        """
+        return self._engine.send(rerank_call(query, documents, model, top_n, return_documents), options)
+
+    def classify(
+        self, texts: Texts, *, model: str, top_k: int | None = None, **options: Unpack[RequestOptions]
+    ) -> ClassifyResult:
+        """What texts are, by a model that knows labels.
+
+        Args:
+            texts: a text, or several in a list, an array, a pandas or polars column, or any other iterable.
+            model: ``NAME`` or ``NAME@ALIAS``.
+            top_k: only the scores of so many labels, the likeliest.
+        Raises:
+            InvalidInputError: something among them is no text.
+            BadRequestError: a value cannot be used; ``param`` names the member.
+            APIError: there is no answer.
+        """
+        return self._engine.send(classify_call(texts, model, top_k), options)
 
     def server(self, **options: Unpack[RequestOptions]) -> ServerMetadata:
         """Name, version and protocol extensions of the server."""
@@ -306,6 +390,8 @@ class InferwayWithRawResponse(RawView[Inferway]):
     """See `Inferway.with_raw_response`."""
 
     infer = RawMethod(Inferway.infer)
+    rerank = RawMethod(Inferway.rerank)
+    classify = RawMethod(Inferway.classify)
     server = RawMethod(Inferway.server)
 
     def __init__(self, recording: Callable[[list[Reply]], Inferway]) -> None:
@@ -313,6 +399,9 @@ class InferwayWithRawResponse(RawView[Inferway]):
         self.models = RawModels(lambda record: recording(record).models)
         self.keys = RawKeys(lambda record: recording(record).keys)
         self.health = RawHealth(lambda record: recording(record).health)
+        self.chat = RawChat(lambda record: recording(record).chat)
+        self.completions = RawCompletions(lambda record: recording(record).completions)
+        self.embeddings = RawEmbeddings(lambda record: recording(record).embeddings)
 
 
 class AsyncInferway:
@@ -325,11 +414,16 @@ class AsyncInferway:
         models: which models there are, and their life: deploying, versions, aliases, deleting.
         keys: API keys and their life.
         health: is the gateway there?
+        chat, completions: what language models answer.
+        embeddings: vectors of texts.
     """
 
     models: AsyncModels
     keys: AsyncKeys
     health: AsyncHealth
+    chat: AsyncChat
+    completions: AsyncCompletions
+    embeddings: AsyncEmbeddings
 
     def __init__(
         self,
@@ -379,6 +473,9 @@ class AsyncInferway:
         self.models = AsyncModels(engine)
         self.keys = AsyncKeys(engine)
         self.health = AsyncHealth(engine)
+        self.chat = AsyncChat(engine)
+        self.completions = AsyncCompletions(engine)
+        self.embeddings = AsyncEmbeddings(engine)
         self._handles: dict[tuple[str, str | int | None], AsyncModelHandle] = {}
 
     @property
@@ -421,6 +518,65 @@ class AsyncInferway:
         The first call for a model fetches its signature, against which inputs are checked and cast.
         """
         return await run_async(self.model(model, version), inputs, outputs, id, parameters, priority, binary, options)
+
+    async def embed(
+        self, texts: Texts, *, model: str, dimensions: int | None = None, **options: Unpack[RequestOptions]
+    ) -> Vectors:
+        """Vectors of any number of texts: ``float32`` of shape ``[n, d]``, in the order of the texts.
+
+        Many texts are sent in several requests, one after the other; ``timeout`` is for all of them.
+
+        Args:
+            texts: a text, or several in a list, an array, a pandas or polars column, or any other iterable.
+            model: ``NAME`` or ``NAME@ALIAS``.
+            dimensions: cut the vectors to that length, where the model allows it.
+        Raises:
+            InvalidInputError: something among them is no text.
+            BadRequestError: a value cannot be used; ``param`` names the member.
+            APIError: there is no answer to one of the requests.
+        """
+        return await embed_async(self._engine, texts, model, dimensions, options)
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Texts,
+        *,
+        model: str,
+        top_n: int | None = None,
+        return_documents: bool = False,
+        **options: Unpack[RequestOptions],
+    ) -> RerankResult:
+        """Documents by their relevance to a query, the most relevant first.
+
+        Args:
+            query: a text.
+            documents: texts, in a list, an array, a pandas or polars column, or any other iterable.
+            model: a cross-encoder, or an embedding model, whose vectors are compared; ``method`` says which it was.
+            top_n: only so many of them.
+            return_documents: put the texts into the result.
+        Raises:
+            InvalidInputError: something among them is no text.
+            BadRequestError: a value cannot be used; ``param`` names the member.
+            APIError: there is no answer.
+        """
+        return await self._engine.send(rerank_call(query, documents, model, top_n, return_documents), options)
+
+    async def classify(
+        self, texts: Texts, *, model: str, top_k: int | None = None, **options: Unpack[RequestOptions]
+    ) -> ClassifyResult:
+        """What texts are, by a model that knows labels.
+
+        Args:
+            texts: a text, or several in a list, an array, a pandas or polars column, or any other iterable.
+            model: ``NAME`` or ``NAME@ALIAS``.
+            top_k: only the scores of so many labels, the likeliest.
+        Raises:
+            InvalidInputError: something among them is no text.
+            BadRequestError: a value cannot be used; ``param`` names the member.
+            APIError: there is no answer.
+        """
+        return await self._engine.send(classify_call(texts, model, top_k), options)
 
     async def server(self, **options: Unpack[RequestOptions]) -> ServerMetadata:
         """Name, version and protocol extensions of the server."""
@@ -480,6 +636,8 @@ class AsyncInferwayWithRawResponse(RawView[AsyncInferway]):
     """See `AsyncInferway.with_raw_response`."""
 
     infer = AsyncRawMethod(AsyncInferway.infer)
+    rerank = AsyncRawMethod(AsyncInferway.rerank)
+    classify = AsyncRawMethod(AsyncInferway.classify)
     server = AsyncRawMethod(AsyncInferway.server)
 
     def __init__(self, recording: Callable[[list[Reply]], AsyncInferway]) -> None:
@@ -487,6 +645,9 @@ class AsyncInferwayWithRawResponse(RawView[AsyncInferway]):
         self.models = AsyncRawModels(lambda record: recording(record).models)
         self.keys = AsyncRawKeys(lambda record: recording(record).keys)
         self.health = AsyncRawHealth(lambda record: recording(record).health)
+        self.chat = AsyncRawChat(lambda record: recording(record).chat)
+        self.completions = AsyncRawCompletions(lambda record: recording(record).completions)
+        self.embeddings = AsyncRawEmbeddings(lambda record: recording(record).embeddings)
 
 
 def _shown(client: object, config: Config) -> str:

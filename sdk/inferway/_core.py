@@ -181,6 +181,33 @@ class Reply:
         return HeaderMap(self.raw_headers)
 
 
+Opened = TypeVar("Opened")
+
+
+class OpenReply(Reply, Generic[Opened]):
+    """An answer that began to stream: its head, and where its pieces come from. Whoever gets it closes it.
+
+    Attributes:
+        pieces: gives the pieces of the body and closes the connection; None where the body was read whole, as those of
+            errors are.
+    """
+
+    __slots__ = ("pieces",)
+
+    pieces: Opened | None
+
+    def __init__(self, status_code: int, raw_headers: Sequence[tuple[bytes, bytes]]) -> None:
+        super().__init__(status_code, raw_headers)
+        self.pieces = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the body is a stream of events, and none that a proxy has packed."""
+        kind = (self.header(b"content-type") or b"").partition(b";")[0].strip().lower()
+        packed = (self.header(b"content-encoding") or b"identity").strip().lower() != b"identity"
+        return 200 <= self.status_code < 300 and kind == b"text/event-stream" and not packed
+
+
 @dataclass(slots=True, eq=False)
 class Call(Generic[T]):
     """One operation of the API, before time limits and keys.
@@ -403,6 +430,11 @@ class Plan:
         except MalformedAnswer as error:
             self._refuse(reply, error)
 
+    def refuse_no_stream(self, reply: Reply) -> NoReturn:
+        """A stream was asked for, and something else came."""
+        kind = (reply.header(b"content-type") or b"nothing").decode("latin-1")
+        self._refuse(reply, MalformedAnswer(f"expected a stream of events, got {kind:.80}"))
+
     def fail(self, error: APIError) -> APIError:
         """The error with what is known of the call."""
         error.attempts = self.attempt
@@ -492,7 +524,7 @@ def _message(members: object) -> tuple[str, str | None]:
     text = body.get("error", body.get("detail", body.get("title")))
     if isinstance(text, dict):
         inner = cast(dict[str, object], text)
-        code = inner.get("code", code)
+        code = inner.get("code") or code
         text = inner.get("message")
     return (text if isinstance(text, str) else "", code if isinstance(code, str) else None)
 

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Awaitable, Callable
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
 from ._budget import RetryBudget
-from ._core import Call, Config, HeaderList, Plan, Reply, Stream, overridden, refuse_awaitable
+from ._core import Call, Config, HeaderList, OpenReply, Plan, Reply, Stream, overridden, refuse_awaitable
 from ._errors import APIError
 from ._options import NOT_GIVEN, RequestEvent, RequestOptions, Timeout
 from ._signature import ModelMetadata
-from ._transport import SyncSender, forget_at_fork, timed_out
+from ._transport import Incoming, SyncSender, forget_at_fork, timed_out
 
 if TYPE_CHECKING:
     # Only its name: importing aiohttp takes 150 ms, which a synchronous program need not spend.
-    from ._transport_aio import AsyncSender
+    from ._transport_aio import AsyncIncoming, AsyncSender
 
 T = TypeVar("T")
+_Transmit: TypeAlias = Callable[[Plan, HeaderList, "float | None"], Reply]
+_AsyncTransmit: TypeAlias = Callable[[Plan, HeaderList, "float | None"], Awaitable[Reply]]
+"""One attempt, as a sender makes it."""
 
 logger: Final = logging.getLogger("inferway")
 """Attempts and answers at DEBUG, retries at INFO. Keys are masked; bodies are never logged."""
@@ -112,9 +116,24 @@ class SyncEngine(_Engine):
             ConfigurationError, TypeError: an option cannot be used.
         """
         plan = Plan(self.config, call, options)
+        return cast(T, plan.result(self._replied(plan, self.sender.send)))
+
+    def open(self, call: Call[Any], options: RequestOptions) -> tuple[Plan, OpenReply[Incoming]]:
+        """Begin a call whose answer may be a stream of events; tried again only before the first byte of its body.
+
+        Whoever gets ``pieces`` closes them.
+
+        Raises:
+            APIError: the last attempt's failure, see `_retry`.
+            ConfigurationError, TypeError: an option cannot be used.
+        """
+        plan = Plan(self.config, call, options)
+        return plan, cast("OpenReply[Incoming]", self._replied(plan, self.sender.open))
+
+    def _replied(self, plan: Plan, transmit: _Transmit) -> Reply:
         self.budget.deposit()
         try:
-            reply = self._attempt(plan)
+            reply = self._attempt(plan, transmit)
         except APIError as error:
             if plan.retry.attempts == 1:
                 raise
@@ -124,12 +143,12 @@ class SyncEngine(_Engine):
             if not may_retry(error, plan):
                 raise
             _log_retry(error, plan)
-            reply = retried(error, plan, self.budget, lambda: self._attempt(plan))
+            reply = retried(error, plan, self.budget, lambda: self._attempt(plan, transmit))
         if self.record is not None:
             self.record.append(reply)
-        return cast(T, plan.result(reply))
+        return reply
 
-    def _attempt(self, plan: Plan) -> Reply:
+    def _attempt(self, plan: Plan, transmit: _Transmit) -> Reply:
         plan.attempt += 1
         left = plan.left()
         if left is not None and left <= 0:
@@ -138,13 +157,13 @@ class SyncEngine(_Engine):
         headers = plan.headers(left, api_key() if callable(api_key) else NOT_GIVEN)
         try:
             if self._watched or _debugging():
-                return plan.accept(self._observed(plan, headers, left))
-            return plan.accept(self.sender.send(plan, headers, left))
+                return plan.accept(self._observed(plan, transmit, headers, left))
+            return plan.accept(transmit(plan, headers, left))
         except APIError as error:
             plan.fail(error)
             raise
 
-    def _observed(self, plan: Plan, headers: HeaderList, left: float | None) -> Reply:
+    def _observed(self, plan: Plan, transmit: _Transmit, headers: HeaderList, left: float | None) -> Reply:
         config = plan.config
         event = plan.event(headers, _length(plan), left)
         if config.on_request is not None:
@@ -153,11 +172,18 @@ class SyncEngine(_Engine):
             headers = overridden(headers, cast(Any, more))
         logger.debug("%s %s attempt %d, headers %s", event.method, event.url, event.attempt, event.headers)
         begun = config.clock.monotonic()
-        reply = self.sender.send(plan, headers, left)
+        reply = transmit(plan, headers, left)
         _log_answer(event, reply)
         if config.on_response is not None:
-            done = config.on_response(plan.answered(event, reply, config.clock.monotonic() - begun))
-            refuse_awaitable(done, "on_response")
+            try:
+                done = config.on_response(plan.answered(event, reply, config.clock.monotonic() - begun))
+                refuse_awaitable(done, "on_response")
+            except BaseException:
+                if isinstance(reply, OpenReply):
+                    opened = cast("OpenReply[Incoming]", reply)
+                    if opened.pieces is not None:
+                        opened.pieces.close()
+                raise
         return reply
 
 
@@ -186,9 +212,24 @@ class AsyncEngine(_Engine):
             ConfigurationError, TypeError: an option cannot be used.
         """
         plan = Plan(self.config, call, options)
+        return cast(T, plan.result(await self._replied(plan, self.sender.send)))
+
+    async def open(self, call: Call[Any], options: RequestOptions) -> tuple[Plan, OpenReply[AsyncIncoming]]:
+        """Begin a call whose answer may be a stream of events; tried again only before the first byte of its body.
+
+        Whoever gets ``pieces`` closes them.
+
+        Raises:
+            APIError: the last attempt's failure, see `_retry`.
+            ConfigurationError, TypeError: an option cannot be used.
+        """
+        plan = Plan(self.config, call, options)
+        return plan, cast("OpenReply[AsyncIncoming]", await self._replied(plan, self.sender.open))
+
+    async def _replied(self, plan: Plan, transmit: _AsyncTransmit) -> Reply:
         self.budget.deposit()
         try:
-            reply = await self._attempt(plan)
+            reply = await self._attempt(plan, transmit)
         except APIError as error:
             if plan.retry.attempts == 1:
                 raise
@@ -198,12 +239,12 @@ class AsyncEngine(_Engine):
             if not may_retry(error, plan):
                 raise
             _log_retry(error, plan)
-            reply = await retried_async(error, plan, self.budget, lambda: self._attempt(plan))
+            reply = await retried_async(error, plan, self.budget, lambda: self._attempt(plan, transmit))
         if self.record is not None:
             self.record.append(reply)
-        return cast(T, plan.result(reply))
+        return reply
 
-    async def _attempt(self, plan: Plan) -> Reply:
+    async def _attempt(self, plan: Plan, transmit: _AsyncTransmit) -> Reply:
         plan.attempt += 1
         left = plan.left()
         if left is not None and left <= 0:
@@ -217,13 +258,13 @@ class AsyncEngine(_Engine):
         headers = plan.headers(left, key)
         try:
             if self._watched or _debugging():
-                return plan.accept(await self._observed(plan, headers, left))
-            return plan.accept(await self.sender.send(plan, headers, left))
+                return plan.accept(await self._observed(plan, transmit, headers, left))
+            return plan.accept(await transmit(plan, headers, left))
         except APIError as error:
             plan.fail(error)
             raise
 
-    async def _observed(self, plan: Plan, headers: HeaderList, left: float | None) -> Reply:
+    async def _observed(self, plan: Plan, transmit: _AsyncTransmit, headers: HeaderList, left: float | None) -> Reply:
         config = plan.config
         event = plan.event(headers, _length(plan), left)
         if config.on_request is not None:
@@ -231,12 +272,19 @@ class AsyncEngine(_Engine):
             headers = overridden(headers, cast(Any, await more if isawaitable(more) else more))
         logger.debug("%s %s attempt %d, headers %s", event.method, event.url, event.attempt, event.headers)
         begun = config.clock.monotonic()
-        reply = await self.sender.send(plan, headers, left)
+        reply = await transmit(plan, headers, left)
         _log_answer(event, reply)
         if config.on_response is not None:
-            done = config.on_response(plan.answered(event, reply, config.clock.monotonic() - begun))
-            if isawaitable(done):
-                await done
+            try:
+                done = config.on_response(plan.answered(event, reply, config.clock.monotonic() - begun))
+                if isawaitable(done):
+                    await done
+            except BaseException:
+                if isinstance(reply, OpenReply):
+                    opened = cast("OpenReply[AsyncIncoming]", reply)
+                    if opened.pieces is not None:
+                        await opened.pieces.close()
+                raise
         return reply
 
 

@@ -8,6 +8,7 @@
       APIError                                 a call was made and has no result
         APIConnectionError                     no complete answer came
           APITimeoutError                      also TimeoutError: the call's time is over
+          StreamInterruptedError               a streamed answer began and did not end
         APIResponseValidationError             an answer came that is none of this API
         APIStatusError                         the gateway, or something before it, answered with an error
           BadRequestError                400
@@ -211,6 +212,26 @@ class APITimeoutError(APIConnectionError, TimeoutError):
     """
 
 
+class StreamInterruptedError(APIConnectionError):
+    """A streamed answer began and did not end: the connection broke, the time was over, or the gateway says why.
+
+    It is not tried again, because part of the answer has been given out already. ``code`` and ``param`` are those of
+    the gateway's error where it sent one into the stream; the cause (``__cause__``) is what broke it otherwise.
+
+    Attributes:
+        partial: what had come until then, a `ChatCompletion` or `Completion`; its ``finish_reason`` is None.
+        param: the member of the request that the gateway's error is about.
+    """
+
+    partial: Any
+    param: str | None
+
+    def __init__(self, message: str, *, partial: Any = None, param: str | None = None, **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.partial = partial
+        self.param = param
+
+
 class APIResponseValidationError(APIError):
     """An answer came that does not follow the contract: cut off, too long, no JSON, members missing or of wrong type.
 
@@ -231,6 +252,7 @@ class APIStatusError(APIError):
     Attributes:
         body: the answer's body: the decoded JSON object where it was one, else the first kilobyte as text.
         headers: the answer's headers.
+        param: the member of the request that the error is about, such as ``messages[2].content``, where it says so.
     """
 
     body: Any
@@ -249,6 +271,13 @@ class APIStatusError(APIError):
         self._status = status_code
         self.body = body
         self.headers = {} if headers is None else headers
+
+    @property
+    def param(self) -> str | None:
+        body = self.body
+        inner = cast(dict[str, Any], body).get("error") if isinstance(body, dict) else None
+        found = cast(dict[str, Any], inner).get("param") if isinstance(inner, dict) else None
+        return found if isinstance(found, str) else None
 
     @property
     def status_code(self) -> int:
@@ -444,6 +473,16 @@ def status_error_class(status_code: int, code: str | None) -> type[APIStatusErro
     if code is not None and code in _BY_CODE:
         return _BY_CODE[code]
     return _BY_STATUS.get(status_code, InternalServerError if status_code >= 500 else APIStatusError)
+
+
+def _named_as_imported() -> None:
+    # Tracebacks and pickles name them as users import them.
+    for found in list(globals().values()):
+        if isinstance(found, type) and issubclass(found, InferwayError):
+            found.__module__ = "inferway"
+
+
+_named_as_imported()
 
 
 class MalformedAnswer(ValueError):

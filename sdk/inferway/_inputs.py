@@ -299,6 +299,24 @@ def _channel_axis(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int | 
     return (shape[-1] if last else None), False
 
 
+def as_column(value: object, where: str) -> list[Any]:
+    """Many values as a list: an array, a column or a frame of one column of pandas or polars, or any iterable.
+
+    Raises:
+        InvalidInputError: there is more than one column, or nulls.
+    """
+    if _is_frame(value) or _is_series(value):
+        value = _of_frame(value, where)
+    if isinstance(value, np.ndarray):
+        array = cast(Array, value)
+        if array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
+        if array.ndim > 1:
+            raise InvalidInputError(f"{where} expects one column, got shape {shape_text(array.shape)}")
+        return cast(list[Any], np.atleast_1d(array).tolist())
+    return list(cast(Iterable[Any], value))
+
+
 # --- shapes ------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from ._core import HeaderMap, Reply
+from .resources.chat import AsyncChat, Chat
+from .resources.completions import AsyncCompletions, Completions
+from .resources.embeddings import AsyncEmbeddings, Embeddings
 from .resources.health import AsyncHealth, Health
 from .resources.keys import AsyncKeys, Keys
 from .resources.models import AsyncModels, Models
@@ -159,3 +162,27 @@ class AsyncRawKeys(RawView[AsyncKeys]):
 class AsyncRawHealth(RawView[AsyncHealth]):
     live = AsyncRawMethod(AsyncHealth.live)
     ready = AsyncRawMethod(AsyncHealth.ready)
+
+
+class RawChat(RawView[Chat]):
+    create = RawMethod(Chat.create)
+
+
+class RawCompletions(RawView[Completions]):
+    create = RawMethod(Completions.create)
+
+
+class RawEmbeddings(RawView[Embeddings]):
+    create = RawMethod(Embeddings.create)
+
+
+class AsyncRawChat(RawView[AsyncChat]):
+    create = AsyncRawMethod(AsyncChat.create)
+
+
+class AsyncRawCompletions(RawView[AsyncCompletions]):
+    create = AsyncRawMethod(AsyncCompletions.create)
+
+
+class AsyncRawEmbeddings(RawView[AsyncEmbeddings]):
+    create = AsyncRawMethod(AsyncEmbeddings.create)

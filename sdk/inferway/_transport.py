@@ -30,7 +30,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpcore
 import httpx
 
-from ._core import HeaderList, Plan, Reply, Stream
+from ._core import HeaderList, OpenReply, Plan, Reply, Stream
 from ._errors import (
     APIConnectionError,
     APIError,
@@ -41,6 +41,8 @@ from ._errors import (
 )
 
 KEEPALIVE_S: Final = 30.0
+LAST_BYTES_S: Final = 1.0
+"""How long the end of a body may take after the last event of a stream."""
 PIECE_BYTES: Final = 1024 * 1024
 """Longer bodies are sent in pieces of this size: each is copied on its way into the socket, and none of them is large.
 16 MiB there and back took 52 ms in pieces of 256 KiB, 30 ms with 1 MiB, 38 ms in one (loopback, November 2026)."""
@@ -226,6 +228,11 @@ def too_long(plan: Plan) -> APIResponseValidationError:
     return APIResponseValidationError(
         f"the answer to {plan.call.method} {plan.call.path} is longer than max_response_bytes, {plan.max_bytes}"
     )
+
+
+def ended_early(plan: Plan) -> APIConnectionError:
+    """A stream had no bytes at all."""
+    return APIConnectionError(f"{plan.config.base_url} ended the stream before it began", sent=True, retryable=True)
 
 
 def check_announced(reply: Reply, plan: Plan) -> None:
@@ -437,6 +444,63 @@ def joined(body: bytes | tuple[Any, ...]) -> bytes:
     return body if isinstance(body, bytes) else b"".join(body)
 
 
+class Incoming:
+    """The body of an answer, piece by piece, while it comes in. Not for several threads at once."""
+
+    def __init__(self, plan: Plan, response: httpx.Response, stream: Iterator[bytes], limit: float | None) -> None:
+        self._plan = plan
+        self._response = response
+        self._stream = stream
+        self._limit = limit
+        self._first: bytes | None = None
+        self._count = 0
+
+    def begin(self) -> None:
+        """Wait for the first piece. Raises APIConnectionError where none comes."""
+        self._first = self.read()
+        if not self._first:
+            raise ended_early(self._plan)
+
+    def read(self) -> bytes:
+        """The next piece; empty at the end.
+
+        Raises:
+            APIError: the connection broke, the time is over, or the body is too long.
+        """
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        plan = self._plan
+        try:
+            piece = next(self._stream, b"")
+        except Exception as error:
+            ours = translated(error, plan)
+            if ours is None:
+                raise
+            raise ours from error
+        self._count += len(piece)
+        if self._count > plan.max_bytes:
+            raise too_long(plan)
+        if plan.deadline is not None and plan.clock.monotonic() > plan.deadline:
+            raise timed_out("{url} did not finish its answer in time", True, plan)
+        return piece
+
+    def finish(self) -> None:
+        """Read what ends the body, so that the connection can serve again, and close; never waits long for it."""
+        try:
+            if type(self._limit) is TimeLeft:
+                self._limit.most = min(self._limit.most, LAST_BYTES_S)
+                self.read()
+        except APIError:
+            pass
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection, unless the body was read to its end. Closing twice is closing once."""
+        self._response.close()
+
+
 class SyncSender:
     """The connections of a synchronous client and of every copy that ``with_options`` makes of it.
 
@@ -466,32 +530,8 @@ class SyncSender:
         """
         if self._closed:
             raise ClientClosedError("the client is closed; make a new one")
-        call = plan.call
-        timeouts = httpx_timeouts(plan, left)
         try:
-            if self._client is not None:
-                request = self._client.build_request(
-                    call.method,
-                    self._base_url + call.path,
-                    content=iter(call.body) if isinstance(call.body, Stream) else joined(call.body),
-                    headers=headers,
-                    timeout=foreign_timeout(self._client, timeouts),
-                )
-                response = self._client.send(request, stream=True, follow_redirects=False)
-                read = read_before(response)
-                stream: Iterable[bytes] = response.stream if read is None else read
-            else:
-                body = call.body
-                response = (self._transport or self._opened()).handle_request(
-                    httpx.Request(
-                        call.method,
-                        self._url(call.path),
-                        headers=headers,
-                        stream=httpx.ByteStream(body) if isinstance(body, bytes) else Pieces(body),
-                        extensions={"timeout": timeouts},
-                    )
-                )
-                stream = cast(_Answer, response.stream)
+            response, stream = self._begin(plan, headers, httpx_timeouts(plan, left))
             try:
                 reply = Reply(response.status_code, response.headers.raw)
                 check_announced(reply, plan)
@@ -511,6 +551,71 @@ class SyncSender:
             raise ours from error
         reply.body = reader.body()
         return reply
+
+    def open(self, plan: Plan, headers: HeaderList, left: float | None) -> OpenReply[Incoming]:
+        """Make one attempt and read the answer up to the first piece of its body, or to its end where it is no stream.
+
+        Raises:
+            APIError: no answer came, or none of its body.
+            ClientClosedError: `close` was called before.
+        """
+        if self._closed:
+            raise ClientClosedError("the client is closed; make a new one")
+        timeouts = httpx_timeouts(plan, left)
+        try:
+            response, stream = self._begin(plan, headers, timeouts)
+            try:
+                reply: OpenReply[Incoming] = OpenReply(response.status_code, response.headers.raw)
+                incoming = Incoming(plan, response, iter(stream), timeouts["read"])
+                if reply.streams:
+                    incoming.begin()
+                    reply.pieces = incoming
+                    return reply
+                check_announced(reply, plan)
+                reader = BodyReader(plan)
+                while piece := incoming.read():
+                    reader.add(piece)
+                reply.body = reader.body()
+                response.close()
+            except BaseException:
+                response.close()
+                raise
+        except APIError:
+            raise
+        except Exception as error:
+            ours = translated(error, plan)
+            if ours is None:
+                raise
+            raise ours from error
+        return reply
+
+    def _begin(
+        self, plan: Plan, headers: HeaderList, timeouts: dict[str, float | None]
+    ) -> tuple[httpx.Response, Iterable[bytes]]:
+        """Send a request; the answer's body is not read yet. Raises errors of httpx and its like."""
+        call = plan.call
+        if self._client is not None:
+            request = self._client.build_request(
+                call.method,
+                self._base_url + call.path,
+                content=iter(call.body) if isinstance(call.body, Stream) else joined(call.body),
+                headers=headers,
+                timeout=foreign_timeout(self._client, timeouts),
+            )
+            response = self._client.send(request, stream=True, follow_redirects=False)
+            read = read_before(response)
+            return response, response.stream if read is None else read
+        body = call.body
+        response = (self._transport or self._opened()).handle_request(
+            httpx.Request(
+                call.method,
+                self._url(call.path),
+                headers=headers,
+                stream=httpx.ByteStream(body) if isinstance(body, bytes) else Pieces(body),
+                extensions={"timeout": timeouts},
+            )
+        )
+        return response, cast(_Answer, response.stream)
 
     def _url(self, path: str) -> httpx.URL:
         url = self._urls.get(path)

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, cast
 
 import aiohttp
@@ -27,15 +27,17 @@ from aiohttp.abc import AbstractStreamWriter
 from httpx_aiohttp import AiohttpTransport
 from multidict import CIMultiDict
 
-from ._core import HeaderList, Plan, Reply, Stream
+from ._core import HeaderList, OpenReply, Plan, Reply, Stream
 from ._deadlines import Deadlines
 from ._errors import APIConnectionError, APIError, ClientClosedError
 from ._options import Timeout
 from ._transport import (
     KEEPALIVE_S,
+    LAST_BYTES_S,
     AsyncHTTPClient,
     BodyReader,
     check_announced,
+    ended_early,
     environment_proxy,
     foreign_timeout,
     forget_at_fork,
@@ -45,6 +47,7 @@ from ._transport import (
     read_before,
     timed_out,
     tls_context,
+    too_long,
     translated,
 )
 
@@ -290,6 +293,81 @@ def aiohttp_translated(error: Exception, plan: Plan) -> APIError | None:
     return None
 
 
+class AsyncIncoming:
+    """The body of an answer, piece by piece, while it comes in. Not for several tasks at once.
+
+    Attributes:
+        release: closes at once, for where nothing can be awaited; None where that cannot be done.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        stream: AsyncIterator[bytes],
+        close: Callable[[], Awaitable[None]],
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        self._plan = plan
+        self._stream = stream
+        self._close = close
+        self.release = release
+        self._first: bytes | None = None
+        self._count = 0
+
+    async def begin(self) -> None:
+        """Wait for the first piece. Raises APIConnectionError where none comes."""
+        self._first = await self.read()
+        if not self._first:
+            raise ended_early(self._plan)
+
+    async def read(self, at_most_s: float | None = None) -> bytes:
+        """The next piece; empty at the end.
+
+        Raises:
+            APIError: the connection broke, the time is over, or the body is too long.
+        """
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        plan = self._plan
+        left = plan.left()
+        if left is None or (at_most_s is not None and at_most_s < left):
+            left = at_most_s
+        limit = asyncio.timeout(left)
+        try:
+            async with limit:
+                piece = await anext(self._stream, b"")
+        except Exception as error:
+            if limit.expired() and isinstance(error, TimeoutError):
+                raise timed_out("{url} did not finish its answer in time", True, plan) from error
+            ours = aiohttp_translated(error, plan) or translated(error, plan)
+            if ours is None:
+                raise
+            raise ours from error
+        self._count += len(piece)
+        if self._count > plan.max_bytes:
+            raise too_long(plan)
+        return piece
+
+    async def finish(self) -> None:
+        """Read what ends the body, so that the connection can serve again, and close; never waits long for it."""
+        try:
+            await self.read(LAST_BYTES_S)
+        except APIError:
+            pass
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Close the connection, unless the body was read to its end. Closing twice is closing once."""
+        await self._close()
+
+
+async def _several(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
 async def _alive(transport: LeanAiohttpTransport) -> AsyncGenerator[None, None]:
     """Waits in its loop for as long as the pool may be used; closing it closes the pool."""
     try:
@@ -416,6 +494,79 @@ class AsyncSender:
             raise ours from error
         reply.body = reader.body()
         return reply
+
+    async def open(self, plan: Plan, headers: HeaderList, left: float | None) -> OpenReply[AsyncIncoming]:
+        """Make one attempt and read the answer up to the first piece of its body, or to its end where it is no stream.
+
+        A cancelled caller's connection is closed.
+
+        Raises:
+            APIError: no answer came, or none of its body.
+            ClientClosedError: `aclose` was called before.
+        """
+        if self._closed:
+            raise ClientClosedError("the client is closed; make a new one")
+        limit = asyncio.timeout(left)
+        try:
+            async with limit:
+                incoming, reply = await self._begin(plan, headers, left)
+                try:
+                    if reply.streams:
+                        await incoming.begin()
+                        reply.pieces = incoming
+                        return reply
+                    check_announced(reply, plan)
+                    reader = BodyReader(plan)
+                    while piece := await incoming.read():
+                        reader.add(piece)
+                    reply.body = reader.body()
+                    await incoming.close()
+                except BaseException:
+                    await incoming.close()
+                    raise
+        except APIError:
+            raise
+        except Exception as error:
+            if limit.expired() and isinstance(error, TimeoutError):
+                raise timed_out("{url} did not answer in time", True, plan) from error
+            ours = aiohttp_translated(error, plan) or translated(error, plan)
+            if ours is None:
+                raise
+            raise ours from error
+        return reply
+
+    async def _begin(
+        self, plan: Plan, headers: HeaderList, left: float | None
+    ) -> tuple[AsyncIncoming, OpenReply[AsyncIncoming]]:
+        """Send a request; the answer's body is not read yet. Raises errors of aiohttp, httpx and their like."""
+        call = plan.call
+        reply: OpenReply[AsyncIncoming]
+        if self._client is not None:
+            request = self._client.build_request(
+                call.method,
+                self._base_url + call.path,
+                content=joined(cast(Any, call.body)),
+                headers=headers,
+                timeout=foreign_timeout(self._client, httpx_timeouts(plan, left)),
+            )
+            response = await self._client.send(request, stream=True, follow_redirects=False)
+            reply = OpenReply(response.status_code, response.headers.raw)
+            read = read_before(response)
+            stream = response.stream if read is None else _several(read)
+            return AsyncIncoming(plan, aiter(stream), response.aclose), reply
+        transport = await self._here()
+        body = cast("bytes | tuple[Any, ...]", call.body)
+        answered = await transport.handle_async_request(
+            LeanRequest(
+                call.method,
+                *(self._urls.get(call.path) or self._url(call.path)),
+                headers,
+                body if isinstance(body, bytes) else _streamed(body),
+                self._extensions(plan.timeout),
+            )
+        )
+        reply = OpenReply(answered.status_code, answered.raw_headers)
+        return AsyncIncoming(plan, aiter(answered.answer), answered.answer.aclose, answered.answer.release), reply
 
     def _extensions(self, timeout: Timeout) -> dict[str, Any]:
         """httpx's limits without the total, which `Deadlines` watches; one object while they stay the same."""

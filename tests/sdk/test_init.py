@@ -89,7 +89,8 @@ def test_every_public_name_is_there_and_declared_to_type_checkers() -> None:
     assert len(inferway.__all__) == len(set(inferway.__all__))
     for name, module in declared.items():
         value = getattr(inferway, name)
-        home = f"inferway.{module}"
+        error = isinstance(value, type) and issubclass(value, inferway.InferwayError)
+        home = "inferway" if error else f"inferway.{module}"
         assert getattr(value, "__module__", home) == home or name in ("NOT_GIVEN", "__version__")
         assert getattr(inferway, name) is value
     assert set(inferway.__all__) <= set(dir(inferway))

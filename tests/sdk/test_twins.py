@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-from inferway import AsyncInferway, AsyncModelHandle, Inferway, ModelHandle, _client, _raw
-from inferway.resources import deployments, health, keys, models
+from inferway import (
+    AsyncInferway,
+    AsyncModelHandle,
+    AsyncTextStream,
+    Inferway,
+    ModelHandle,
+    TextStream,
+    _client,
+    _raw,
+)
+from inferway.resources import chat, completions, deployments, embeddings, health, keys, models
 
 TWINS: list[tuple[type[Any], type[Any]]] = [
     (Inferway, AsyncInferway),
@@ -18,10 +27,17 @@ TWINS: list[tuple[type[Any], type[Any]]] = [
     (deployments.Deployment, deployments.AsyncDeployment),
     (keys.Keys, keys.AsyncKeys),
     (health.Health, health.AsyncHealth),
+    (chat.Chat, chat.AsyncChat),
+    (completions.Completions, completions.AsyncCompletions),
+    (embeddings.Embeddings, embeddings.AsyncEmbeddings),
+    (TextStream, AsyncTextStream),
     (_client.InferwayWithRawResponse, _client.AsyncInferwayWithRawResponse),
     (_raw.RawModels, _raw.AsyncRawModels),
     (_raw.RawKeys, _raw.AsyncRawKeys),
     (_raw.RawHealth, _raw.AsyncRawHealth),
+    (_raw.RawChat, _raw.AsyncRawChat),
+    (_raw.RawCompletions, _raw.AsyncRawCompletions),
+    (_raw.RawEmbeddings, _raw.AsyncRawEmbeddings),
 ]
 SAME_IN_BOTH = {"model", "with_options"}
 """Methods that neither client waits for."""
@@ -41,6 +57,7 @@ ALLOWED = [
     (r"Safe to use from several threads and after a fork: a child process makes connections of its own\.|"
      r"Usable on any number of event loops, one after the other or at once, and after a fork\.", "Usable by many."),
     (r", and so does a loop that ends", ""),
+    (r"``async with`` block", "``with`` block"),
 ]  # fmt: skip
 
 
@@ -85,7 +102,7 @@ def test_twins_have_the_same_methods(sync: type[Any], asynchronous: type[Any], n
     if callable(one):
         assert signature_of(one) == signature_of(other)
         waits = inspect.iscoroutinefunction(other) or inspect.isasyncgenfunction(other)
-        special = {"__init__", "__repr__", "base_url", "with_raw_response", "map", "headers", "handle"}
+        special = {"__init__", "__repr__", "base_url", "with_raw_response", "map", "headers", "handle", "text_stream"}
         assert waits or name in SAME_IN_BOTH | special, f"{asynchronous.__name__}.{name} does not wait"
 
 
@@ -102,6 +119,9 @@ def test_every_method_of_the_api_has_its_raw_form() -> None:
         (models.Models, _raw.RawModels),
         (keys.Keys, _raw.RawKeys),
         (health.Health, _raw.RawHealth),
+        (chat.Chat, _raw.RawChat),
+        (completions.Completions, _raw.RawCompletions),
+        (embeddings.Embeddings, _raw.RawEmbeddings),
     ):
         wanted = {name for name in public(plain) if not name.startswith("__")}
         # Neither a list that fetches pages nor what takes several calls is one answer; a deployment goes on asking.
