@@ -405,7 +405,53 @@ def _subject(event: Event) -> str:
 
 
 def _detail(detail: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in detail.items())
+    """An event's detail in a few words; ``--json`` has all of it."""
+    told = dict(detail)
+    words: list[str] = []
+    deployment = told.pop("deployment", None)
+    if isinstance(deployment, str):
+        words.append(f"deployment {deployment[:4]}…" + (" reused" if told.pop("reused", False) else ""))
+    step, message = told.pop("step", None), told.pop("message", None)
+    if step or message:
+        words.append(f"at {step}: {message}" if step and message else str(message or f"at {step}"))
+        told.pop("code", None)
+    text = told.pop("text", None)
+    if text:
+        # Whatever else is there are the numbers that it is made of.
+        return ", ".join([*words, str(text)])
+    spec = told.pop("spec", None)
+    if isinstance(spec, Mapping):
+        words += _pointed(spec)
+    changed = told.pop("changed", None)
+    if isinstance(changed, list):
+        words.append(f"changed {', '.join(map(str, changed))}")
+    digest = told.pop("digest", None)
+    if isinstance(digest, str) and not words:
+        words.append(f"content {digest[:8]}…")
+    reason = told.pop("reason", None)
+    if isinstance(reason, str):
+        words.append(reason)
+    words += [f"{key} {value}" for key, value in told.items() if isinstance(value, str | int | float)
+              and not isinstance(value, bool)]  # fmt: skip
+    return ", ".join(words)
+
+
+def _pointed(spec: Mapping[str, Any]) -> list[str]:
+    """Where an alias points: ``-> version 3 (95 %), version 4 (5 %)``."""
+    weights = spec.get("weights")
+    if not isinstance(weights, Mapping):
+        return []
+    ordered = sorted(weights.items(), key=lambda pair: (-pair[1], int(pair[0])))
+    words = ["-> " + ", ".join(f"version {version} ({share:g} %)" for version, share in ordered)]
+    if spec.get("sticky") not in (None, "none"):
+        words.append(f"sticky by {spec['sticky']}")
+    if isinstance(spec.get("shadow"), Mapping):
+        words.append(f"shadow version {spec['shadow'].get('version')}")
+    if spec.get("fallback"):
+        words.append(f"fallback {', '.join(map(str, spec['fallback']))}")
+    if spec.get("guard"):
+        words.append("guarded")
+    return ["; ".join(words)]
 
 
 # --- changing ----------------------------------------------------------------------------------------------------

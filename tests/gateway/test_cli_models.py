@@ -246,18 +246,57 @@ def test_aliases_are_listed(said: Any, server: ScriptedServer) -> None:
     assert json.loads(said("models", "alias", "list", "churn", "--json")[1])[0]["alias"] == "stable"
 
 
+POINTED = {"weights": {"4": 5.0, "3": 95.0}, "sticky": "key", "shadow": {"version": 5, "share": 0.1},
+           "fallback": [2, 1], "guard": {"window_s": 60.0}}  # fmt: skip
+PLAIN = {"weights": {"1": 100.0}, "sticky": "none", "shadow": None, "fallback": [], "guard": None}
+
+
 def test_the_history_says_who_did_what_when(said: Any, server: ScriptedServer) -> None:
     events = [
-        event_record(2, kind="rolled_back", detail={"from": {"4": 100}}),
+        event_record(2, kind="rolled_back", detail={"spec": PLAIN, "previous": POINTED}),
         event_record(1, version=3, alias=None, kind="deployment_succeeded"),
     ]
     server.otherwise = lambda _: as_json({"events": events, "has_more": True})
     status, out, _ = said("models", "history", "churn", "--limit", "2")
     assert status == 0
-    assert out.splitlines()[1] == ('2026-11-23 12:00:00Z  rolled_back           churn@stable     key  from {"4": 100}')
+    assert (
+        out.splitlines()[1] == "2026-11-23 12:00:00Z  rolled_back           churn@stable     key  -> version 1 (100 %)"
+    )
     assert "churn version 3" in out.splitlines()[2]
     assert server.seen[0].path == "/api/v1/models/churn/events?limit=2"
-    assert len(json.loads(said("models", "history", "--limit", "1", "--json")[1])) == 1
+    whole = json.loads(said("models", "history", "--limit", "1", "--json")[1])
+    assert [event["detail"] for event in whole] == [{"spec": PLAIN, "previous": POINTED}]
+
+
+@pytest.mark.parametrize(
+    ("detail", "words"),
+    [
+        ({"spec": PLAIN, "previous": None}, "-> version 1 (100 %)"),
+        ({"spec": POINTED},
+         "-> version 3 (95 %), version 4 (5 %); sticky by key; shadow version 5; fallback 2, 1; guarded"),
+        ({"deployment": "a423bc99", "reused": True, "digest": "ab"}, "deployment a423… reused"),
+        ({"deployment": "a423bc99", "reused": False, "digest": "ab"}, "deployment a423…"),
+        ({"deployment": "a423bc99", "step": "loaded", "code": "model_load_failed", "message": "no such operator"},
+         "deployment a423…, at loaded: no such operator"),
+        ({"deployment": "a423bc99", "step": None, "code": "x", "message": "it was cancelled"},
+         "deployment a423…, it was cancelled"),
+        ({"deployment": "a423bc99", "step": "loaded", "message": None}, "deployment a423…, at loaded"),
+        ({"spec": PLAIN, "version": 3, "reason": "errors", "text": "version 3 failed 5 of 9 requests"},
+         "version 3 failed 5 of 9 requests"),
+        ({"changed": ["labels", "pinned"]}, "changed labels, pinned"),
+        ({"digest": "0123456789abcdef"}, "content 01234567…"),
+        ({"reason": "signal 9"}, "signal 9"),
+        ({"spec": {"weights": None}, "later": {"a": 1}, "count": 3, "flag": True}, "count 3"),
+    ],
+)  # fmt: skip
+def test_what_happened_is_told_in_a_few_words(
+    said: Any, server: ScriptedServer, detail: dict[str, Any], words: str
+) -> None:
+    record = event_record(1, detail=detail)
+    server.otherwise = lambda _: as_json({"events": [record], "has_more": False})
+    _, out, _ = said("models", "history", "churn")
+    # The column is the last one.
+    assert out.splitlines()[1].split(record["by"] + "  ", 1)[1] == words
 
 
 def test_deployments_are_listed(said: Any, gateway: FakeLifecycle, server: ScriptedServer, model: str) -> None:
