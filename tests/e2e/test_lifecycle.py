@@ -344,7 +344,9 @@ def test_a_deployment_whose_gateway_was_killed_is_ended_as_interrupted(tmp_path:
     with run_gateway(tmp_path / "models", tmp_path / "state", environment=slow) as gateway:
         deploy(gateway, "cut", plus(1))
         big = models.matmul(1024, 4096)
-        begun = [begin(gateway, "cut", {"model.onnx": big}, config={"max_batch_size": 64 + i})[1] for i in range(4)]
+        # No alias moves to one that is quick enough to end before the kill.
+        configs = [{"max_batch_size": 64 + i} for i in range(4)]
+        begun = [begin(gateway, "cut", {"model.onnx": big}, config=config, alias=None)[1] for config in configs]
         gateway.process.kill()
         gateway.process.wait()
     with run_gateway(tmp_path / "models", tmp_path / "state") as gateway:

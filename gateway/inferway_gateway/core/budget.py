@@ -96,14 +96,16 @@ class MemoryBudget:
         if need_bytes > self.limit_bytes:
             raise MemoryExceededError(
                 f"'{name}' version {version} needs {need_bytes} bytes of memory ({how}), "
-                f"the budget of this gateway is {self.limit_bytes} bytes"
+                f"the budget of this gateway is {self.limit_bytes} bytes: deploy a smaller model, or ask the operator "
+                "for a larger budget (INFERWAY_MEMORY_BUDGET_BYTES)"
             )
         held = self._held.get(key)
         others = self.pinned_bytes - (held.nbytes if held is not None and held.pinned else 0)
         if need_bytes > self.limit_bytes - others:
             raise MemoryExceededError(
                 f"'{name}' version {version} needs {need_bytes} bytes of memory ({how}), pinned versions leave "
-                f"{max(self.limit_bytes - others, 0)} of the {self.limit_bytes} bytes of this gateway's budget"
+                f"{max(self.limit_bytes - others, 0)} of the {self.limit_bytes} bytes of this gateway's budget: unpin "
+                "one, deploy a smaller model, or ask the operator for a larger budget (INFERWAY_MEMORY_BUDGET_BYTES)"
             )
 
     def observe(self) -> None:

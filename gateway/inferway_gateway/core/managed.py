@@ -81,8 +81,12 @@ class Opened:
 class Opener(Protocol):
     """Makes a version of the catalog something that answers."""
 
-    def estimate(self, record: VersionRecord) -> int:
-        """Bytes of memory that it will need: as measured before, or from the sizes of its files."""
+    async def estimate(self, record: VersionRecord) -> int:
+        """Bytes of memory that it will need, its load included: as measured before, or by its files.
+
+        Raises:
+            GatewayError: its files cannot be brought into place.
+        """
         ...
 
     async def open(self, record: VersionRecord, stats: ModelStats) -> Opened:
@@ -110,6 +114,8 @@ class _Version:
     reason: str = UNLOADED
     served: ServedVersion | None = None
     footprint: Footprint | None = None
+    estimate: int = 0
+    """What its last load was expected to need."""
     stats: ModelStats = field(default_factory=ModelStats)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     task: asyncio.Task[ServedVersion] | None = None
@@ -196,15 +202,19 @@ class ManagedVersions:
             if found.served is not None:
                 yield found.served
 
-    async def acquire(self, name: str, version: int | None, *, deadline: float | None = None) -> ServedVersion:
+    async def acquire(
+        self, name: str, version: int | None, *, deadline: float | None = None, evict: bool = True
+    ) -> ServedVersion:
         """The version, loaded if it is not; all who ask while it loads wait for the same load.
 
         Args:
             version: None takes the highest.
             deadline: moment on the loop's clock after which nobody wants it.
+            evict: whether others may leave memory for it.
         Raises:
             ModelNotFoundError, VersionNotFoundError: the catalog has none such.
             ModelNotReadyError: it could not be loaded, or loading takes longer than ``load_wait_s``; the load goes on.
+                Without ``evict``: or there is no room for it.
             MemoryExceededError: it needs more memory than there is.
             DeadlineExceededError: the deadline passed before it was loaded.
         """
@@ -219,7 +229,7 @@ class ManagedVersions:
         end = loop.time() + self._load_wait_s
         while found.served is None:
             self._check_retry(found)
-            task = self._start(found, urgent=True)
+            task = self._start(found, urgent=evict)
             until = end if deadline is None else min(end, deadline)
             await asyncio.wait((task,), timeout=max(until - loop.time(), 0))
             if not task.done():
@@ -230,7 +240,7 @@ class ManagedVersions:
                     f"{self._load_wait_s:g} s",
                     retry_after_s=self._load_wait_s / 4,
                 )
-            self._raise_failure(found, task)
+            self._raise_failure(found, task, evict)
         return found.served
 
     def _check_retry(self, found: _Version) -> None:
@@ -238,13 +248,17 @@ class ManagedVersions:
         if found.status == "FAILED" and left > 0:
             raise self._unready(found, left)
 
-    def _raise_failure(self, found: _Version, task: asyncio.Task[ServedVersion]) -> None:
+    def _raise_failure(self, found: _Version, task: asyncio.Task[ServedVersion], evict: bool) -> None:
         """Raise what a load that was waited for ended with; nothing where it succeeded or is worth another try."""
         if task.cancelled():
             raise self._unready(found, 1.0)
         error = task.exception()
-        if error is None or isinstance(error, _NoRoomError):
+        if error is None or (evict and isinstance(error, _NoRoomError)):
             return
+        if isinstance(error, _NoRoomError):
+            raise ModelNotReadyError(
+                f"Request for unready model: '{found.key[0]}' version {found.key[1]}: {error.message}"
+            )
         if isinstance(error, MemoryExceededError):
             raise MemoryExceededError(error.message)
         raise self._unready(found, max(found.retry_at - self._clock(), 0.0))
@@ -445,7 +459,7 @@ class ManagedVersions:
     async def _open(self, found: _Version) -> ServedVersion:
         key, record = found.key, found.record
         name, version = key
-        need = self._opener.estimate(record)
+        need = found.estimate = await self._opener.estimate(record)
         self.budget.check(key, need, how="estimated" if record.footprint is None else "measured")
         await self._make_room(found, need)
         try:
@@ -478,7 +492,7 @@ class ManagedVersions:
     def _need(self, found: _Version) -> int:
         if found.footprint is not None:
             return found.footprint.peak_bytes
-        return self._opener.estimate(found.record)
+        return found.estimate
 
     def _batch(self, found: _Version, opened: Opened) -> Executor:
         assert opened.session is not None  # an opener gives one of the two

@@ -21,7 +21,12 @@ from .stats import ModelStats
 
 WORKER_BYTES: Final = 32 * 1024 * 1024
 """What a worker process takes without a model."""
+LOAD_RATIO: Final = 1.05
+"""Memory at its most while a large model is loaded, by that of its weights: a billion parameters in FP32, x86-64,
+2026-11. What is measured of a version is taken afterwards."""
 
+Weigh = Callable[[VersionRecord, Path], int]
+"""What a version's weights take beyond the sizes of its files, by its folder; blocks."""
 Place = Callable[[VersionRecord], Awaitable[Path]]
 """Brings a version's files into its folder and gives the folder; quick where they are there."""
 
@@ -40,6 +45,7 @@ class VersionOpener:
         describe: reads a version's configuration from its folder; blocks.
         backends: where models run.
         builders: kind to what makes its executor, for kinds other than models.
+        weigh: see ``Weigh``; None: nothing.
         threads: loads that go on at once.
         read_text: reads what makes a text encoder of a model; None: there are none.
     """
@@ -51,6 +57,7 @@ class VersionOpener:
         backends: Mapping[Isolation, Backend],
         builders: Mapping[Kind, Builder],
         *,
+        weigh: Weigh | None = None,
         threads: int = 2,
         read_text: TextReader | None = None,
     ) -> None:
@@ -59,6 +66,7 @@ class VersionOpener:
         self._describe = describe
         self._backends = backends
         self._builders = builders
+        self._weigh = weigh
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"{LOADER_THREAD}-deployed")
 
     async def __aenter__(self) -> Self:
@@ -70,12 +78,15 @@ class VersionOpener:
         # A load under way cannot be stopped and is not waited for; its thread closes what it opens.
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def estimate(self, record: VersionRecord) -> int:
-        if record.footprint is not None:
-            return record.footprint.peak_bytes
+    async def estimate(self, record: VersionRecord) -> int:
         if record.kind != "onnx":
-            return 0
-        return sum(file.size for file in record.files) + (WORKER_BYTES if record.isolation == "worker" else 0)
+            return 0 if record.footprint is None else record.footprint.peak_bytes
+        weights = sum(file.size for file in record.files)
+        if record.footprint is not None:
+            return max(record.footprint.peak_bytes, int(weights * LOAD_RATIO))
+        if self._weigh is not None:
+            weights += await asyncio.to_thread(self._weigh, record, await self._place(record))
+        return int(weights * LOAD_RATIO) + (WORKER_BYTES if record.isolation == "worker" else 0)
 
     async def open(self, record: VersionRecord, stats: ModelStats) -> Opened:
         folder = await self._place(record)

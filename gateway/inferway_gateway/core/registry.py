@@ -165,11 +165,14 @@ class Registry:
             + (f", {reason}" if reason else "")
         )
 
-    async def acquire(self, name: str, version: int | None = None, *, deadline: float | None = None) -> ServedVersion:
+    async def acquire(
+        self, name: str, version: int | None = None, *, deadline: float | None = None, evict: bool = True
+    ) -> ServedVersion:
         """``get`` for a request that may wait: a version of the catalog that is not loaded is loaded for it.
 
         Args:
             deadline: moment on the loop's clock after which nobody wants it.
+            evict: whether others may leave memory for it.
         Raises:
             ModelNotFoundError, VersionNotFoundError: there is none such.
             ModelNotReadyError: it could not be loaded, or not in time; says when to come back.
@@ -181,7 +184,7 @@ class Registry:
         except ModelNotReadyError:
             if self._managed is None or self._draining or not self.is_managed(name):
                 raise
-        return await self._managed.acquire(name, version, deadline=deadline)
+        return await self._managed.acquire(name, version, deadline=deadline, evict=evict)
 
     def is_managed(self, name: str) -> bool:
         """Whether the model of that name is the catalog's."""

@@ -50,7 +50,7 @@ from inferway_gateway.core.errors import (
 )
 from inferway_gateway.core.golden import Example
 from inferway_gateway.core.managed import ManagedVersions
-from inferway_gateway.core.opening import VersionOpener
+from inferway_gateway.core.opening import LOAD_RATIO, VersionOpener
 from inferway_gateway.core.registry import Registry
 from inferway_gateway.core.runners import RunnerPool
 from inferway_gateway.store.catalog import SqlCatalog, open_catalog
@@ -293,8 +293,9 @@ async def test_what_never_fits_is_refused_before_it_is_loaded(tmp_path: Path) ->
         ended = await gateway.end(await gateway.begin(1))
         assert (ended.failed_step, ended.error_code) == (Step.LOADED, "memory_exceeded")
         assert ended.error_message is not None
-        size = len(models.add_one(4))
-        assert f"needs {size} bytes of memory (estimated), the budget of this gateway is 100" in ended.error_message
+        need = int(len(models.add_one(4)) * LOAD_RATIO)
+        assert f"needs {need} bytes of memory (estimated), the budget of this gateway is 100" in ended.error_message
+        assert "INFERWAY_MEMORY_BUDGET_BYTES" in ended.error_message
 
 
 async def test_golden_examples_are_compared_before_the_alias_moves(start: Start) -> None:

@@ -48,7 +48,7 @@ class HeldOpener:
         self.held: asyncio.Event | None = None
         self.fails: Exception | None = None
 
-    def estimate(self, record: VersionRecord) -> int:
+    async def estimate(self, record: VersionRecord) -> int:
         return 10 if record.footprint is None else record.footprint.peak_bytes
 
     async def open(self, record: VersionRecord, stats: ModelStats) -> Opened:
@@ -283,8 +283,24 @@ async def test_loading_ahead_takes_only_room_that_is_free(tmp_path: Path) -> Non
         for name in "abc":
             scene.add(name)
         await scene.managed.load_ahead([(name, 1) for name in "abc"])
+        while any(scene.status(name) == "LOADING" for name in "abc"):  # it waits a second only
+            await asyncio.sleep(0.01)
         assert sorted(scene.status(name) for name in "abc") == ["READY", "READY", "UNLOADED"]
         assert scene.managed.budget.evictions == 0
+
+
+async def test_what_must_not_displace_others_is_told_that_there_is_no_room(tmp_path: Path) -> None:
+    async with running(tmp_path, memory_bytes=15) as scene:
+        scene.add("serving")
+        scene.add("shadow")
+        await scene.answer("serving")
+        scene.clock.now += 60
+        with pytest.raises(ModelNotReadyError, match=r"'shadow' version 1: there is no room for it now"):
+            await scene.registry.acquire("shadow", 1, evict=False)
+        assert (scene.status("serving"), scene.managed.budget.evictions) == ("READY", 0)
+        scene.records.pop(("serving", 1))
+        await scene.managed.retire(scene.managed.sync(scene.records.values()))
+        assert (await scene.registry.acquire("shadow", 1, evict=False)).name == "shadow"
 
 
 async def test_a_deleted_version_answers_what_it_has_and_is_gone(tmp_path: Path) -> None:

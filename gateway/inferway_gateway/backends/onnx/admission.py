@@ -82,6 +82,7 @@ class AdmissionReport:
         depth: of subgraphs; 0 where there are none.
         file_bytes: of the ONNX file.
         weight_bytes: of all initialisers once they are loaded, external ones included.
+        half_bytes: of those in 16 bits, float16 and bfloat16, which processors expand to twice as much.
         external_files: paths in the model's folder, sorted.
     """
 
@@ -93,6 +94,7 @@ class AdmissionReport:
     depth: int
     file_bytes: int
     weight_bytes: int
+    half_bytes: int
     external_files: tuple[str, ...]
 
 
@@ -253,6 +255,7 @@ _BITS: Final[dict[int, int]] = {
     17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2, 27: 6, 28: 6,
 }  # fmt: skip
 """TensorProto.DataType to bits of an element; strings have no size."""
+_HALVES: Final = frozenset({10, 16})
 _TYPED: Final[dict[int, tuple[frozenset[int], int, int]]] = {
     4: (frozenset({1, 14}), FIXED32, 32),
     5: (frozenset({2, 3, 4, 5, 6, 9, 10, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28}), VARINT, 0),
@@ -306,6 +309,7 @@ class _Admission:
         self._depth = 0
         self._text = 0
         self._weights = 0
+        self._halves = 0
         self._external: dict[str, int] = {}
         """Location to the size of its file."""
         self._ranges: dict[str, dict[tuple[int, int], str]] = {}
@@ -356,6 +360,7 @@ class _Admission:
             self._depth,
             source.size,
             self._weights,
+            self._halves,
             tuple(sorted(self._external)),
         )
 
@@ -717,6 +722,8 @@ class _Admission:
             else:
                 self._check_data(element, elements, nbytes, raw, typed, dims, place)
         self._weights += nbytes
+        if element in _HALVES:
+            self._halves += nbytes
         return element, dims, nbytes
 
     def _elements(self, dims: list[int], place: str) -> int:

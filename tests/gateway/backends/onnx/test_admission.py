@@ -154,6 +154,7 @@ def test_every_way_to_store_numbers_is_let_in(folder: Path) -> None:
     proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in raw.items())
     report = look(folder, proto.SerializeToString())
     assert report.weight_bytes == 16 * 4 + 12 + 6 + 3 + 24 + 24 + 24 + 24 + 2 + 3 + 12
+    assert report.half_bytes == 6
 
 
 def test_functions_of_the_model_itself_are_let_in_and_counted_where_they_are_called(folder: Path) -> None:
