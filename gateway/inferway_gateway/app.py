@@ -26,6 +26,7 @@ from .core.backend import Artifact
 from .core.budget import MemoryBudget, machine_bytes
 from .core.catalog import EventKind, VersionRecord
 from .core.deployments import Deployer, Follower, process_id
+from .core.encoding import TextEncoder, TextStats
 from .core.errors import GatewayError, StoreUnavailableError
 from .core.execution import Executor
 from .core.guard import TrafficWatch, watch_traffic
@@ -52,6 +53,7 @@ from .http.metrics import Metrics
 from .http.openai import chat, encoders
 from .http.openai import models as openai_models
 from .http.routing import ApiRoute, refuse_foreign_pages
+from .http.text_metrics import TextMetrics
 from .http.worker_metrics import WorkerMetrics
 from .settings import Settings, environment_variable
 from .store.blobs import BlobStore, StorageLimits
@@ -334,6 +336,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             metrics.add(BudgetMetrics(managed.budget))
             metrics.add(Elsewhere(remote.stats, lambda: _pipelines(registry)))
             metrics.add(AliasMetrics(router.aliases))
+            metrics.add(TextMetrics(lambda: _encoders(registry)))
             metrics.add(WorkerMetrics(lambda: _worker_sessions(registry), capabilities().missing))
             workers.on_event = await stack.enter_async_context(_worker_events(catalog))
             app.begin_drain = registry.begin_drain
@@ -390,6 +393,12 @@ def _pipelines(registry: Registry) -> Iterator[tuple[str, int, Mapping[str, Hist
     for served in registry.served():
         if isinstance(served.batcher, PipelineExecutor):
             yield served.name, served.version, served.batcher.step_seconds
+
+
+def _encoders(registry: Registry) -> Iterator[tuple[str, int, TextStats]]:
+    for served in registry.served():
+        if isinstance(served.text, TextEncoder):
+            yield served.name, served.version, served.text.stats
 
 
 def _workers(settings: Settings) -> WorkerBackend:

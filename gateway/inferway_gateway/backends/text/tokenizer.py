@@ -23,6 +23,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,8 +104,10 @@ class LoadedTokenizer:
 
     def _templates(self) -> tuple[Template, Template | None]:
         """What stands around a text, and around two: found by looking where two short ones end up."""
-        plain = [self._encodings([probe], special=False)[0] for probe in _PROBES]
-        known = [(probe, found.ids) for probe, found in zip(_PROBES, plain, strict=True) if found.ids]
+        known: list[tuple[str, list[int]]] = []
+        for probe in _PROBES:
+            with suppress(ModelExecutionError):  # a tokenizer need not know every text
+                known += [(probe, ids) for ids in self.encode([probe]) if ids]
         if not known:
             raise TokenizerError("tokenizer.json gives no tokens for any text that was tried")
         first, ids = known[0]
@@ -308,7 +311,8 @@ def check_pattern(pattern: Any) -> None:
         if kind == "open":
             open_.append([0, 0])
         elif kind == "close":
-            open_[-1][1] += max(open_.pop()) if len(open_) > 1 else 0
+            inner = open_.pop() if len(open_) > 1 else [0, 0]
+            open_[-1][1] += max(inner)
         elif kind == "branch":
             open_[-1] = [max(open_[-1]), 0]
         elif kind == "repeat" and before:
@@ -318,12 +322,12 @@ def check_pattern(pattern: Any) -> None:
             if before == "repeat" and unbounded and text != "+":
                 raise TokenizerError("a regular expression repeats a repetition")
             open_[-1][1] += unbounded and before != "repeat"
-            if open_[-1][1] > _MAX_OPEN_REPETITIONS:
-                raise TokenizerError(
-                    f"a regular expression has more than {_MAX_OPEN_REPETITIONS} open repetitions in one branch"
-                )
         elif kind == "escape" and text[1:2].isdigit():
             raise TokenizerError("a regular expression refers back to a group")
+        if open_[-1][1] > _MAX_OPEN_REPETITIONS:
+            raise TokenizerError(
+                f"a regular expression has more than {_MAX_OPEN_REPETITIONS} open repetitions in one branch"
+            )
         before = kind
 
 

@@ -1,0 +1,223 @@
+"""`/v1/embeddings`, `/v1/rerank` and `/v1/classify` on a live gateway, with models of the folder and deployed ones."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+import models
+import text_models
+from deploying import deploy
+from live import LiveGateway, run_gateway
+from models import ModelFiles
+
+TABLE = text_models.table()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
+    root = tmp_path_factory.mktemp("texts")
+
+    def files(content: dict[str, bytes]) -> ModelFiles:
+        model = content.pop("model.onnx")
+        config = content.pop("inferway.toml")
+        return ModelFiles({1: model}, files={**content, "inferway.toml": config})
+
+    repository = models.write_repository(
+        root / "models",
+        {
+            "embed": files(text_models.embedder(dimensions="any", prompts={"query": "w9 "})),
+            "rank": files(text_models.scorer(1, task="rerank", activation="none")),
+            "label": files(text_models.scorer(3, task="classify", labels=["a", "b", "c"])),
+            "plain": models.add_one(),
+            "isolated": files(
+                {
+                    **text_models.embedder(),
+                    "inferway.toml": b'isolation = "worker"\n' + text_models.embedder()["inferway.toml"],
+                }
+            ),
+        },
+    )
+    with run_gateway(repository, root / "state") as running:
+        yield running
+
+
+def mean(*words: int) -> Any:
+    return TABLE[[2, *(w + 4 for w in words), 3]].mean(axis=0)
+
+
+def post(gateway: LiveGateway, path: str, key: str = "", **body: Any) -> tuple[int, Any, Any]:
+    return gateway.call("POST", f"/v1/{path}", body, key=key)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("w1 w2", [mean(1, 2)]),
+        (["w1 w2", "w3"], [mean(1, 2), mean(3)]),
+        ([5, 6], [mean(1, 2)]),
+        ([[5, 6], [7]], [mean(1, 2), mean(3)]),
+    ],
+    ids=["a text", "texts", "token ids", "lists of token ids"],
+)
+@pytest.mark.parametrize("encoding", ["float", "base64", None])
+@pytest.mark.parametrize("model", ["embed", "isolated"])
+def test_each_form_of_input_and_of_answer(
+    texts: LiveGateway, given: Any, expected: Any, encoding: str | None, model: str
+) -> None:
+    status, answer, headers = post(texts, "embeddings", model=model, input=given, encoding_format=encoding, user=None)
+    assert status == 200, answer
+    assert (answer["object"], answer["model"]) == ("list", model)
+    assert headers["Inferway-Model-Version"] == "1"
+    assert headers["X-Request-Id"]
+    assert [entry["index"] for entry in answer["data"]] == list(range(len(expected)))
+    vectors = [entry["embedding"] for entry in answer["data"]]
+    if encoding == "base64":
+        vectors = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in vectors]
+    assert_allclose(vectors, expected, atol=1e-6)
+    tokens = 7 if len(expected) == 2 else 4
+    assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def test_dimensions_and_prompts(texts: LiveGateway) -> None:
+    status, answer, _ = post(texts, "embeddings", model="embed", input="w1", dimensions=3, input_type="query")
+    assert status == 200, answer
+    assert_allclose(answer["data"][0]["embedding"], mean(9, 1)[:3], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("embeddings", {"model": "embed"}, "input"),
+        ("embeddings", {"model": "embed", "input": ""}, "input"),
+        ("embeddings", {"model": "embed", "input": []}, "input"),
+        ("embeddings", {"model": "embed", "input": ["w1", ""]}, "input[1]"),
+        ("embeddings", {"model": "embed", "input": [[]]}, "input[0]"),
+        ("embeddings", {"model": "embed", "input": [5, 100]}, "input"),
+        ("embeddings", {"model": "embed", "input": [[5], [-1]]}, "input[1][0]"),
+        ("embeddings", {"model": "embed", "input": {"text": "w1"}}, "input"),
+        ("embeddings", {"model": "embed", "input": ["w1"] * 2049}, "input"),
+        ("embeddings", {"model": "embed", "input": "w1 " * 40}, "input"),
+        ("embeddings", {"model": "embed", "input": "w1", "dimensions": 9}, "dimensions"),
+        ("embeddings", {"model": "embed", "input": "w1", "dimensions": 0}, "dimensions"),
+        ("embeddings", {"model": "embed", "input": "w1", "encoding_format": "hex"}, "encoding_format"),
+        ("embeddings", {"model": "embed", "input": "w1", "input_type": "else"}, "input_type"),
+        ("embeddings", {"model": "plain", "input": "w1"}, "model"),
+        ("embeddings", {"model": "rank", "input": "w1"}, "model"),
+        ("rerank", {"model": "rank", "query": "w1", "documents": []}, "documents"),
+        ("rerank", {"model": "rank", "query": "", "documents": ["w1"]}, "query"),
+        ("rerank", {"model": "rank", "query": "w1", "documents": ["w1", ""]}, "documents[1]"),
+        ("rerank", {"model": "rank", "query": "w1", "documents": ["w1"], "top_n": 0}, "top_n"),
+        ("rerank", {"model": "label", "query": "w1", "documents": ["w1"]}, "model"),
+        ("classify", {"model": "label", "input": "w1", "top_k": 0}, "top_k"),
+        ("classify", {"model": "label", "input": "w1", "activation": "relu"}, "activation"),
+        ("classify", {"model": "embed", "input": "w1"}, "model"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else None,
+)
+def test_what_is_wrong_is_a_400_that_names_the_field(
+    texts: LiveGateway, path: str, body: dict[str, Any], param: str
+) -> None:
+    status, answer, _ = post(texts, path, **body)
+    assert status == 400, answer
+    assert answer["error"]["param"] == param, answer
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["message"]
+
+
+def test_a_megabyte_of_text_is_refused_and_nothing_else_waits_for_it(texts: LiveGateway) -> None:
+    status, answer, _ = post(texts, "embeddings", model="embed", input="w1 " * 350_000)
+    assert status == 400
+    assert "got 350002" in answer["error"]["message"]
+
+
+def test_documents_come_back_by_falling_score(texts: LiveGateway) -> None:
+    documents: list[Any] = ["w1", {"text": "w90 w91"}, "w40"]
+    status, answer, _ = post(texts, "rerank", model="rank", query="w2", documents=documents, return_documents=True)
+    assert status == 200, answer
+    assert answer["method"] == "cross-encoder"
+    assert [result["index"] for result in answer["results"]] == [1, 2, 0]
+    scores = [result["relevance_score"] for result in answer["results"]]
+    assert scores == sorted(scores, reverse=True)
+    assert answer["results"][0]["document"] == {"text": "w90 w91"}
+    assert answer["usage"]["total_tokens"] == 5 + 6 + 5
+
+
+def test_top_n_keeps_the_best_and_an_embedder_says_that_it_is_one(texts: LiveGateway) -> None:
+    status, answer, _ = post(texts, "rerank", model="isolated", query="w2", documents=["w50", "w2", "w7"], top_n=1)
+    assert status == 200, answer
+    assert answer["method"] == "embedding"
+    [best] = answer["results"]
+    assert best["index"] == 1
+    assert best["relevance_score"] == pytest.approx(1)
+    assert "document" not in best
+
+
+def test_labels_come_with_their_scores(texts: LiveGateway) -> None:
+    status, answer, _ = post(texts, "classify", model="label", input=["w1", "w2"], top_k=2)
+    assert status == 200, answer
+    assert [entry["index"] for entry in answer["data"]] == [0, 1]
+    for entry in answer["data"]:
+        assert (entry["label"], entry["score"]) == ("c", entry["scores"][0]["score"])
+        assert [score["label"] for score in entry["scores"]] == ["c", "b"]
+    assert_allclose(answer["data"][0]["score"], np.exp(2) / np.exp([0, 1, 2]).sum(), atol=1e-6)
+    status, raw, _ = post(texts, "classify", model="label", input="w1", activation="none")
+    assert [score["score"] for score in raw["data"][0]["scores"]] == pytest.approx([2.001, 1.001, 0.001], abs=1e-4)
+
+
+def test_a_key_sees_its_own_models_only_and_needs_the_scope(texts: LiveGateway) -> None:
+    assert post(texts, "embeddings", key=texts.make_key("infer", models=["em*"]), model="embed", input="w1")[0] == 200
+    assert post(texts, "embeddings", key=texts.make_key("infer", models=["x*"]), model="embed", input="w1")[0] == 404
+    assert post(texts, "embeddings", key=texts.make_key("read"), model="embed", input="w1")[0] == 403
+
+
+def test_a_deployed_encoder_runs_in_a_worker_and_is_called_by_its_alias(texts: LiveGateway) -> None:
+    deploy(texts, "sent", {**text_models.embedder(), "notes/about.txt": b"two folders"}, alias="stable")
+    for target in ("sent", "sent@stable"):
+        status, answer, headers = post(texts, "embeddings", model=target, input=["w1", "w2 w3"])
+        assert status == 200, answer
+        assert headers["Inferway-Model-Version"] == "1"
+        assert_allclose([entry["embedding"] for entry in answer["data"]], [mean(1), mean(2, 3)], atol=1e-6)
+    status, answer, _ = texts.call("GET", "/api/v1/models/sent/versions/1")
+    assert (answer["isolation"], answer["state"]) == ("worker", "READY")
+
+
+def test_the_time_that_a_caller_grants_holds(texts: LiveGateway) -> None:
+    status, answer, _ = texts.call(
+        "POST", "/v1/embeddings", {"model": "embed", "input": ["w1"]}, headers={"Inferway-Timeout-Ms": "0"}
+    )
+    assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
+
+
+def test_a_caller_that_leaves_leaves_its_work(texts: LiveGateway) -> None:
+    body = json.dumps({"model": "embed", "input": ["w1 " * 20 + f"w{n % 90}" for n in range(2048)]}).encode()
+    head = (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {texts.admin_key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", texts.port)) as connection:
+        connection.sendall(head.encode() + body)
+    end = time.monotonic() + 20
+    while "inferway_callers_gone_total 0" in texts.call("GET", "/metrics")[1]:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert post(texts, "embeddings", model="embed", input="w1")[0] == 200
+
+
+def test_tokens_and_texts_are_counted(texts: LiveGateway) -> None:
+    def counted(name: str) -> float:
+        lines = texts.call("GET", "/metrics")[1].splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f'{name}{{model="label"'))
+
+    before = counted("inferway_text_tokens_total"), counted("inferway_texts_total")
+    post(texts, "classify", model="label", input=["w1", "w2 w3"])
+    assert counted("inferway_text_tokens_total") - before[0] == 7
+    assert counted("inferway_texts_total") - before[1] == 2
