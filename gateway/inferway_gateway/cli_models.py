@@ -28,9 +28,9 @@ COMMANDS: Final = frozenset({"deploy", "models"})
 
 _CONNECTION: Final = (
     "The gateway's address is --url, or INFERWAY_BASE_URL, or http://127.0.0.1:8080; the API key is in "
-    "INFERWAY_API_KEY or in the file of --api-key-file. Deploying and changing needs the scope deploy, looking the "
-    "scope read."
+    "INFERWAY_API_KEY or in the file of --api-key-file."
 )
+_SCOPES: Final = "Deploying and changing needs the scope deploy, looking the scope read."
 
 
 def add_parser(commands: Any) -> None:
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     models = commands.add_parser(
         "models",
         help="look after models on a gateway: versions, aliases, roll back, history",
-        description=f"Look after the models of a gateway. {_CONNECTION}",
+        description=f"Look after the models of a gateway. {_CONNECTION} {_SCOPES}",
     )
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
 
@@ -100,7 +100,7 @@ def _add_deploy(commands: Any) -> None:
     deploy.description = (
         "Put a model on a gateway. PATH is an .onnx file, which brings the files of its weights along, or a folder. "
         "What the gateway has already is not sent again, and a sending that broke off goes on where it was. "
-        f"{_CONNECTION}"
+        f"{_CONNECTION} {_SCOPES}"
     )
     deploy.add_argument("path", type=Path, metavar="PATH", help="an .onnx file or a folder")
     deploy.add_argument("--name", required=True, help="the model's name on the gateway")
@@ -147,8 +147,21 @@ def _add_alias_set(aliases: Any) -> None:
 
 
 def _action(actions: Any, name: str, act: Callable[..., None], words: str) -> argparse.ArgumentParser:
+    return add_client_command(actions, name, act, words, _SCOPES)
+
+
+def add_client_command(
+    actions: Any, name: str, act: Callable[..., None], words: str, scopes: str
+) -> argparse.ArgumentParser:
+    """Add a command that goes through the SDK.
+
+    Args:
+        act: called with a client and the arguments; what it raises of the SDK becomes words and a status.
+        words: what it does.
+        scopes: a sentence about the scopes that the key needs.
+    """
     parser: argparse.ArgumentParser = actions.add_parser(
-        name, help=words, description=f"{words[0].upper()}{words[1:]}. {_CONNECTION}"
+        name, help=words, description=f"{words[0].upper()}{words[1:]}. {_CONNECTION} {scopes}"
     )
     parser.add_argument("--url", help="of the gateway (default INFERWAY_BASE_URL, else http://127.0.0.1:8080)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="holds the API key, else INFERWAY_API_KEY")
@@ -176,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
         # Whoever read the table has seen enough, such as `head`; the interpreter must not try to write the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except _WrongArguments as error:
+    except WrongArguments as error:
         return _failed(str(error), 2)
     except (inferway.ConfigurationError, inferway.InvalidInputError) as error:
         return _failed(str(error), 2)
@@ -193,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _WrongArguments(Exception):
+class WrongArguments(Exception):
     """Arguments that argparse could not know to be wrong."""
 
 
@@ -277,9 +290,9 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         found: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _WrongArguments(f"{path} cannot be read: {error}") from error
+        raise WrongArguments(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise _WrongArguments(f"expected {path} to hold a table of options, as inferway.toml does")
+        raise WrongArguments(f"expected {path} to hold a table of options, as inferway.toml does")
     return found
 
 
@@ -462,7 +475,7 @@ def _alias_set(client: Inferway, args: argparse.Namespace) -> None:
     if len(args.targets) == 1 and shares[0] is None:
         target: Any = args.targets[0][0]
     elif None in shares or len({version for version, _ in args.targets}) < len(shares):
-        raise _WrongArguments("expected one version, such as 3, or shares of several, each once, such as 3=95 4=5")
+        raise WrongArguments("expected one version, such as 3, or shares of several, each once, such as 3=95 4=5")
     else:
         target = dict(args.targets)
     alias = client.models.set_alias(
@@ -499,7 +512,7 @@ def _delete(client: Inferway, args: argparse.Namespace) -> None:
     what = args.name if args.version is None else f"{args.name} version {args.version}"
     if not args.yes:
         if not sys.stdin.isatty():
-            raise _WrongArguments(f"nobody is there to ask whether {what} is to be deleted; say so with --yes")
+            raise WrongArguments(f"nobody is there to ask whether {what} is to be deleted; say so with --yes")
         more = " with all its versions and aliases" if args.version is None else ""
         print(f"Delete {what}{more}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
