@@ -85,6 +85,7 @@ class InferenceRequest:
         queue_timeout_s: how long the request may wait before its run begins (the protocol's ``timeout``).
         origin: headers by which servers elsewhere recognise the request, such as its id; passed on with it.
         depth: how many pipelines it came through.
+        allowance: runs that these may still make for it; None where it came through none.
     """
 
     inputs: dict[str, NDArray[Any]]
@@ -96,6 +97,14 @@ class InferenceRequest:
     queue_timeout_s: float | None = None
     origin: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
     depth: int = field(default=0, kw_only=True)
+    allowance: Allowance | None = field(default=None, kw_only=True)
+
+
+@dataclass(slots=True)
+class Allowance:
+    """Runs that pipelines may still make for one request, counted together: pipelines in pipelines multiply."""
+
+    left: int
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 
 from numpy.typing import NDArray
 
-from .batcher import Answer, InferenceRequest
+from .batcher import Allowance, Answer, InferenceRequest
 from .errors import (
     DeadlineExceededError,
     GatewayError,
@@ -41,6 +41,9 @@ from .tensors import Signature, TensorSpec
 
 MAX_STEPS: Final = 64
 MAX_DEPTH: Final = 8
+MAX_RUNS: Final = 256
+"""Of steps, for one request, those of pipelines in pipelines included: without it 8 deep pipelines of 64 steps could
+have one request ask for 64**8."""
 """Pipelines in pipelines; more is a mistake, or goes round in a circle."""
 _PROGRAMS: Final = 32
 
@@ -483,7 +486,7 @@ class PipelineExecutor:
                     found[step.target] = await _acquired(models, step.target, deadline)
                 except GatewayError as error:
                     raise _unready(step, error) from error
-        _check_nesting(name, version, found, models)
+        _check_nesting(name, version, found, models, Allowance(MAX_RUNS - len(spec.steps)))
         return cls(name, version, spec, models, bind(spec, found), stats)
 
     @property
@@ -595,6 +598,7 @@ class _Run:
             if program.readers.get(graph.sources[name])
         }
         self._readers = dict(program.readers)
+        self._allowance = request.allowance or Allowance(MAX_RUNS)
         self.upstream_attempts = 0
 
     async def all(self) -> list[NDArray[Any]]:
@@ -637,6 +641,12 @@ class _Run:
         target = step.spec.target
         model = self._models[target]
         whole = self._request
+        self._allowance.left -= 1
+        if self._allowance.left < 0:
+            raise ModelNotReadyError(
+                f"step '{step.spec.name}' of '{self._pipeline._name}' would be more than the {MAX_RUNS} runs that "
+                "pipelines, with those in them, may make for one request"
+            )
         # An optional input that the request leaves out is left out of the step.
         inputs = {name: self._values[slot] for name, slot in step.reads if slot in self._values}
         started = time.perf_counter()
@@ -654,6 +664,7 @@ class _Run:
                     whole.queue_timeout_s,
                     origin=whole.origin,
                     depth=whole.depth + 1,
+                    allowance=self._allowance,
                 )
                 try:
                     answer = executor.run_inline(request)
@@ -696,9 +707,14 @@ class _Run:
 
 
 def _check_nesting(
-    name: str, version: int, found: Mapping[StepTarget, StepModel], models: StepModels, depth: int = 1
+    name: str,
+    version: int,
+    found: Mapping[StepTarget, StepModel],
+    models: StepModels,
+    allowance: Allowance,
+    depth: int = 1,
 ) -> None:
-    """Refuse pipelines in pipelines that come back to where they began, or go too deep."""
+    """Refuse pipelines in pipelines that come back to where they began, go too deep or make too many runs."""
     for model in found.values():
         inner = model.batcher
         if not isinstance(inner, PipelineExecutor):
@@ -706,6 +722,11 @@ def _check_nesting(
         if depth >= MAX_DEPTH:
             raise ModelRejectedError(f"expected pipelines in pipelines at most {MAX_DEPTH} deep")
         below: dict[StepTarget, StepModel] = {}
+        allowance.left -= len(inner.spec.steps)
+        if allowance.left < 0:
+            raise ModelRejectedError(
+                f"expected at most {MAX_RUNS} steps in a pipeline and those in it, '{model.name}' is too much"
+            )
         for step in inner.spec.steps:
             if step.target.model == name and step.target.version in (None, version):
                 raise ModelRejectedError(
@@ -715,7 +736,7 @@ def _check_nesting(
                 below[step.target] = models.resolve(step.target)
             except GatewayError:
                 continue  # it is not loaded, so it can be looked at no further; a request is counted when it gets there
-        _check_nesting(name, version, below, models, depth + 1)
+        _check_nesting(name, version, below, models, allowance, depth + 1)
 
 
 async def _acquired(models: StepModels, target: StepTarget, deadline: float | None) -> StepModel:

@@ -24,7 +24,7 @@ from inferway_gateway.core.errors import (
     ShuttingDownError,
 )
 from inferway_gateway.core.execution import Executor
-from inferway_gateway.core.pipeline import MAX_DEPTH, PipelineExecutor, StepTarget
+from inferway_gateway.core.pipeline import MAX_DEPTH, MAX_RUNS, PipelineExecutor, StepTarget
 from inferway_gateway.core.stats import ModelStats
 from inferway_gateway.core.tensors import Signature, TensorSpec
 from inferway_gateway.store.elsewhere import parse_pipeline
@@ -472,6 +472,40 @@ async def test_pipelines_are_steps_too_up_to_a_depth() -> None:
     assert (await models.held[f"level{MAX_DEPTH}", 1].batcher.infer(ask())).outputs[0][0, 0] == 1
     with pytest.raises(ModelRejectedError, match="at most 8 deep"):
         await opened(step("a", f"level{MAX_DEPTH}", x="x"), models)
+
+
+def chain(*below: str) -> str:
+    """A pipeline of these models, one after the other."""
+    return "".join(step(f"s{i}", name, x="x" if i == 0 else f"s{i - 1}.y") for i, name in enumerate(below))
+
+
+async def test_pipelines_in_pipelines_do_not_multiply_without_bound() -> None:
+    leaf = add(1)
+    models = Models(level0=leaf)
+    models.put("level1", 1, await opened(chain(*["level0"] * 16), models, "level1"))
+    models.put("level2", 1, await opened(chain(*["level1"] * 15), models, "level2"))
+    assert (await models.held["level2", 1].batcher.infer(ask())).outputs[0][0, 0] == 240
+    models.put("level2", 1, await opened(chain(*["level1"] * 16), models, "level2"))
+    leaf.requests.clear()
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(ModelNotReadyError, match=f"more than the {MAX_RUNS} runs"):
+            await models.held["level2", 1].batcher.infer(ask())
+    assert 200 < len(leaf.requests) < MAX_RUNS
+
+
+async def test_looking_at_pipelines_in_pipelines_is_bounded() -> None:
+    # Each level names all pipelines of the level below: there are 8**3 ways through the third.
+    models = Models(base=add(1))
+    below = ["base"]
+    for depth in range(2):
+        names = [f"level{depth}-{i}" for i in range(8)]
+        for name in names:
+            models.put(name, 1, await opened(chain(*below), models, name))
+        below = names
+    third = await opened(chain(*below), models, "third")
+    models.put("third", 1, third)
+    with pytest.raises(ModelRejectedError, match=f"at most {MAX_RUNS} steps in a pipeline and those in it"):
+        await opened(chain(*["third"] * 2, *below, *below, *below), models)
 
 
 async def test_a_circle_of_pipelines_is_refused_or_ends() -> None:
