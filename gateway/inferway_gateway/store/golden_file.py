@@ -22,7 +22,11 @@ from ..core.golden import ATOL, RTOL, Example
 from ..core.tensors import DTYPES, MAX_RANK
 
 GOLDEN_FILE: Final = "golden.json"
-MAX_BYTES: Final = 64 << 20
+MAX_BYTES: Final = 16 << 20
+MAX_VALUES: Final = 1_000_000
+MAX_STRUCTURES: Final = 100_000
+"""Arrays and objects. Together with ``MAX_VALUES`` it bounds what reading the file holds of the memory, and for how
+long the interpreter does nothing else: while a text is parsed, nobody is let in between."""
 MAX_EXAMPLES: Final = 1000
 
 
@@ -64,6 +68,12 @@ def read_golden(folder: Path) -> tuple[Example, ...]:
         return ()
     if len(content) > MAX_BYTES:
         raise ModelRejectedError(f"{GOLDEN_FILE} is larger than {MAX_BYTES} bytes; fewer examples do as well")
+    values, structures = content.count(b","), content.count(b"[") + content.count(b"{")
+    if values > MAX_VALUES or structures > MAX_STRUCTURES:
+        raise ModelRejectedError(
+            f"{GOLDEN_FILE} has {values} values, {structures} of them arrays and objects, expected at most "
+            f"{MAX_VALUES} and {MAX_STRUCTURES}; write data flat, fewer examples do as well"
+        )
     return parse_golden(content)
 
 

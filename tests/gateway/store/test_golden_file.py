@@ -87,3 +87,22 @@ def test_a_folder_without_the_file_has_no_examples(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(golden_file, "MAX_BYTES", 10)
     with pytest.raises(ModelRejectedError, match="larger than 10 bytes"):
         read_golden(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"[" + b"0," * golden_file.MAX_VALUES + b"0, 0]", id="values"),
+        pytest.param(b"[" + b"[],{}," * (golden_file.MAX_STRUCTURES // 2) + b"0]", id="structures"),
+    ],
+)
+def test_what_would_keep_the_interpreter_busy_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    def parse(content: bytes) -> None:
+        raise AssertionError("it was parsed")
+
+    monkeypatch.setattr(golden_file, "parse_golden", parse)
+    (tmp_path / "golden.json").write_bytes(content)
+    with pytest.raises(ModelRejectedError, match="expected at most 1000000 and 100000"):
+        read_golden(tmp_path)
