@@ -95,6 +95,12 @@ class WorkerProcess:
         except ValueError:
             return f"signal {-code}"
 
+    @property
+    def crashed(self) -> bool:
+        """It ended by itself. False for one that is there, and one that the gateway, its operator or the system
+        killed: nobody but others sends SIGKILL and SIGTERM."""
+        return not self.why and self.gone and self._fork.ended.result() not in (-signal.SIGKILL, -signal.SIGTERM)
+
     def open(self, order: Order, fds: Sequence[int], limit_s: float) -> Report:
         """Have it open a model; blocks.
 

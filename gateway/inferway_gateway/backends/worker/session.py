@@ -4,9 +4,10 @@ Each instance is a process with as many lanes as runs may go on in it at once. A
 it, which raise ``WorkerCrashedError``, and is started again: at once the first time, then after 0.1 s and twice as long
 each time, up to 5 s, until a run succeeds. Starting again opens the model as it was decided the first time.
 
-Two bounds hold when that does not help. Requests that killed a worker although they were alone in it, and processes
-that could not be started again, open the breaker: then nothing runs for a while and every caller is told so. Processes
-that end for other reasons are started again at most ``respawns_per_minute`` times.
+Two bounds hold when that does not help. Requests that killed a worker although they were alone in it, processes that
+crashed while nothing ran in them, and processes that could not be started again, open the breaker: then nothing runs
+for a while and every caller is told so. Processes that end for other reasons, such as those that somebody else killed,
+are started again at most ``respawns_per_minute`` times.
 
 A run that is to end is asked to, which the runtime looks at between two nodes; 250 ms later its process is killed.
 Where runs take longer than that, it is given one and a half of what the longest took instead: a caller with a tight
@@ -361,19 +362,29 @@ class WorkerSession:
             place.on_loop, place.on_threads = [], []
             self.stats.processes -= 1
             self._troubled = True
+            unprovoked = not process.users
         for lane in idle:
             lane.close()
         if self._closed:
             return
         self._tell()
-        threading.Thread(target=self._come_back, args=(place, process), name="inferway-respawn", daemon=True).start()
+        threading.Thread(
+            target=self._come_back, args=(place, process, unprovoked), name="inferway-respawn", daemon=True
+        ).start()
 
-    def _come_back(self, place: _Place, dead: WorkerProcess) -> None:
+    def _come_back(self, place: _Place, dead: WorkerProcess, unprovoked: bool) -> None:
+        """Start another process in the place of one that has ended.
+
+        Args:
+            unprovoked: nothing ran in it. Of what died with a run, the batcher finds out which request it was.
+        """
         cause = dead.cause()
         if not dead.why:
             self.stats.crashes += 1
         _log.error("%s: its worker process ended: %s", self._name, cause)
         self._event("worker_crashed", cause)
+        if unprovoked and dead.crashed:
+            self._failed(f"its process crashed while nothing ran in it: {cause}")
         dead.close()
         while not self._closing.wait(self._back_off_s()):
             self._streak += 1

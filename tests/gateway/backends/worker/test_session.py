@@ -443,6 +443,31 @@ async def test_three_that_kill_their_worker_alone_open_the_breaker_and_a_success
         assert len(workers.kinds("breaker_closed")) == 1
 
 
+def test_a_process_that_crashes_again_and_again_while_nothing_runs_in_it_opens_the_breaker(workers: Workers) -> None:
+    session = workers.open(models.add_one())
+    for number in range(1, 4):
+        process = process_of(session)
+        os.kill(process.pid, signal.SIGSEGV)
+        until(lambda dead=process: session._places[0].process is not dead)  # type: ignore[misc]  # bound on purpose
+        until(lambda count=number: len(workers.kinds("worker_crashed")) == count)  # type: ignore[misc]
+    until(lambda: session.stats.breaker == "open")
+    assert workers.kinds("breaker_opened") == ["its process crashed while nothing ran in it: SIGSEGV"]
+    with pytest.raises(ModelFailingError):
+        session.run({"x": rows(1)}, ["y"])
+
+
+def test_processes_that_others_kill_are_not_the_models_fault(workers: Workers) -> None:
+    session = workers.open(models.add_one())
+    for number, sent in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL), 1):
+        process = process_of(session)
+        os.kill(process.pid, sent)
+        until(lambda dead=process: session._places[0].process is not dead)  # type: ignore[misc]  # bound on purpose
+        until(lambda count=number: len(workers.kinds("worker_crashed")) == count)  # type: ignore[misc]
+    assert np.array_equal(session.run({"x": rows(1)}, ["y"])[0], rows(1) + 1)
+    assert session.stats.breaker == "closed"
+    assert not workers.kinds("breaker_opened")
+
+
 # ---- R10: killed again and again
 
 
