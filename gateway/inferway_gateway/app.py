@@ -52,6 +52,7 @@ from .http.logs import access_log
 from .http.metrics import Metrics
 from .http.openai import chat, encoders
 from .http.openai import models as openai_models
+from .http.openai.templates import TemplateRenderer
 from .http.routing import ApiRoute, refuse_foreign_pages
 from .http.text_metrics import TextMetrics
 from .http.worker_metrics import WorkerMetrics
@@ -111,6 +112,7 @@ class State(TypedDict):
     metrics: Metrics
     access_log: Callable[..., None] | None
     started_at: int
+    templates: TemplateRenderer
 
 
 def routes() -> list[ApiRoute]:
@@ -330,6 +332,8 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             tidying = asyncio.create_task(storage.keep_tidy(), name="inferway-storage")
             stack.push_async_callback(_end, tidying)
             await _check_exposure(settings, keys.service)
+            templates = TemplateRenderer()
+            stack.push_async_callback(templates.close)
             metrics = Metrics(
                 lambda: ((s.name, s.version, s.stats, s.problem() is None) for s in registry.served()), app.edge_stats
             )
@@ -381,6 +385,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 metrics=metrics,
                 access_log=access_log() if settings.access_log else None,
                 started_at=int(time.time()),
+                templates=templates,
             )
 
     app = GatewayApplication(routes(), lifespan)
