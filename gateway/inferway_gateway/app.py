@@ -16,6 +16,7 @@ from typing import Final, TypedDict
 from starlette.applications import Starlette
 
 from .backends.isolation import ChosenIsolation
+from .backends.language.backend import LanguageBackend, admit_language
 from .backends.onnx import OnnxBackend
 from .backends.onnx.admission import EXTENSIONS_DOMAINS, admit
 from .backends.remote import RemoteBackend
@@ -24,7 +25,7 @@ from .backends.worker import BackendOptions, SessionLimits, WorkerBackend, Worke
 from .backends.worker.sandbox import capabilities
 from .core.backend import Artifact
 from .core.budget import MemoryBudget, machine_bytes
-from .core.catalog import EventKind, VersionRecord
+from .core.catalog import LANGUAGE_FILE, EventKind, VersionRecord
 from .core.deployments import Deployer, Follower, process_id
 from .core.encoding import TextEncoder, TextStats
 from .core.errors import GatewayError, StoreUnavailableError
@@ -251,6 +252,16 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             async def open_pipeline(record: VersionRecord, folder: Path, stats: ModelStats) -> Executor:
                 return await build_pipeline(record.model, record.version, folder, stats)
 
+            async def open_language(record: VersionRecord, folder: Path, stats: ModelStats) -> Executor:
+                artifact = await asyncio.to_thread(read_artifact, record, folder)
+                config = replace(artifact.config, isolation=record.isolation)
+                approved = _matches(record.model, settings.approve_templates)
+                return await language.open(replace(artifact, config=config), stats, approved=approved)
+
+            async def build_language(artifact: Artifact, stats: ModelStats) -> Executor:
+                return await language.open(artifact, stats, approved=True)
+
+            language = LanguageBackend(settings.cpus)
             upstreams: tuple[UpstreamSpec, ...] = ()
             if settings.upstreams is not None:
                 upstreams = await asyncio.to_thread(read_upstreams, settings.upstreams, environment_variable)
@@ -259,7 +270,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 place,
                 partial(_describe, settings.extensions_models),
                 {"inprocess": backend, "worker": workers},
-                {"remote": open_remote, "pipeline": open_pipeline},
+                {"remote": open_remote, "pipeline": open_pipeline, "language": open_language},
                 weigh=_weigh,
                 threads=settings.parallel_deployments,
                 read_text=read_package,
@@ -286,6 +297,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 managed=managed,
                 builders={REMOTE_FILE: build_remote, PIPELINE_FILE: build_pipeline, ENSEMBLE_FILE: build_ensemble},
                 read_text=read_package,
+                language=build_language,
             )
             stack.push_async_callback(registry.close)
 
@@ -467,6 +479,9 @@ async def _worker_events(catalog: SqlCatalog) -> AsyncIterator[Callable[[str, Ar
 
 
 def _admit(extensions_models: Collection[str], artifact: Artifact, files: Collection[str]) -> None:
+    if artifact.path.name == LANGUAGE_FILE:
+        admit_language(artifact.path, files=files)
+        return
     domains = EXTENSIONS_DOMAINS if _matches(artifact.name, extensions_models) else ()
     admit(artifact.path, allowed_domains=domains, files=files)
 

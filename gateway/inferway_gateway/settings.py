@@ -110,6 +110,10 @@ class Settings(BaseSettings):
     """Patterns (``ocr-*``) of names of deployed models that may use the operators of onnxruntime-extensions, which are
     native code of the package that is installed beside the gateway."""
 
+    approve_templates: Annotated[tuple[str, ...], NoDecode] = ()
+    """Patterns of names of deployed models whose own chat templates may be rendered. A template is a program that the
+    gateway runs, in a sandbox; those of models of the folder are approved."""
+
     providers: Annotated[tuple[str, ...], NoDecode] = ("CPUExecutionProvider",)
     """ONNX Runtime execution providers in order of preference."""
     cpus: PositiveInt | None = None
@@ -166,7 +170,7 @@ class Settings(BaseSettings):
     access_log: bool = False
     """Write a record for each request. The metrics count them all anyway, at a small part of its cost."""
 
-    @field_validator("load_models", "extensions_models", "providers", mode="before")
+    @field_validator("load_models", "extensions_models", "approve_templates", "providers", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

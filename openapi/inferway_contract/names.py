@@ -121,7 +121,7 @@ DIGEST_PATTERN: Final = re.compile(r"[0-9a-f]{64}")
 DEPLOYMENT_ID_PATTERN: Final = re.compile(r"[0-9A-Za-z-]{1,64}")
 FILE_PATH_PATTERN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*(/[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*)*")
 Isolation: TypeAlias = Literal["worker", "inprocess"]
-VersionKind: TypeAlias = Literal["onnx", "remote", "pipeline"]
+VersionKind: TypeAlias = Literal["onnx", "language", "remote", "pipeline"]
 VersionState: TypeAlias = Literal["READY", "LOADING", "UNLOADING", "UNLOADED", "FAILED"]
 Step: TypeAlias = Literal["received", "checked", "admitted", "loaded", "warmed", "compared", "ready"]
 """What a deployment has done, in order."""

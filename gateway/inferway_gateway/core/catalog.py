@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal, Protocol
 
-Kind = Literal["onnx", "remote", "pipeline"]
+Kind = Literal["onnx", "language", "remote", "pipeline"]
+LANGUAGE_FILE: Final = "genai_config.json"
+"""What a model that writes text is recognised by; it names the ONNX file."""
 Isolation = Literal["worker", "inprocess"]
 
 DEFAULT_ALIAS: Final = "stable"

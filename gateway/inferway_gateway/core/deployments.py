@@ -59,6 +59,8 @@ from .errors import (
     ShuttingDownError,
     StoreUnavailableError,
 )
+from .execution import Speaker
+from .generation import GenerationRequest
 from .golden import Example, compare, zeros
 from .managed import ManagedVersions
 from .served import ServedVersion
@@ -631,6 +633,10 @@ async def warm_up(served: ServedVersion) -> None:
     Raises:
         WorkerCrashedError, DeadlineExceededError: it cannot run.
     """
+    if isinstance(served.batcher, Speaker):
+        async for _ in served.batcher.generator.generate(GenerationRequest((0, 0), 2, ignore_end=True)):
+            pass
+        return
     signature = served.batcher.signature
     declared = served.config.max_batch_size or 0
     rows = max(1, min(declared or 1, signature.max_rows or 1)) if signature.batched else 1

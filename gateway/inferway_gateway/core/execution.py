@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from .batcher import Answer, InferenceRequest
+from .generation import TextGenerator
 from .tensors import Signature
 
 
@@ -52,3 +53,11 @@ class Dependent(Protocol):
     def problem(self) -> str | None:
         """Why requests cannot be answered now, in words; None where they can."""
         ...
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """An executor that has a language model behind it."""
+
+    @property
+    def generator(self) -> TextGenerator: ...

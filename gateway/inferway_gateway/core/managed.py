@@ -34,7 +34,8 @@ from .errors import (
     ModelNotReadyError,
     VersionNotFoundError,
 )
-from .execution import Executor
+from .execution import Executor, Speaker
+from .generation import TextGenerator
 from .model_config import ModelConfig
 from .runners import RunnerPool
 from .served import ModelEntry, ModelTable, ServedVersion, State
@@ -486,7 +487,11 @@ class ManagedVersions:
         self._unload(leaving)
         logger.info("'%s' version %d is loaded in %.2f s", name, version, self._clock() - started)
         package = opened.text
-        text = None if package is None else TextEncoder(executor, package.spec, package.tokenizer)
+        text: TextEncoder | TextGenerator | None = None
+        if package is not None:
+            text = TextEncoder(executor, package.spec, package.tokenizer)
+        elif isinstance(executor, Speaker):
+            text = executor.generator
         return ServedVersion(name, version, opened.config, opened.session, executor, found.stats, text=text)
 
     def _need(self, found: _Version) -> int:

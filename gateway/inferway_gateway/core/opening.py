@@ -79,7 +79,7 @@ class VersionOpener:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def estimate(self, record: VersionRecord) -> int:
-        if record.kind != "onnx":
+        if record.kind not in ("onnx", "language"):
             return 0 if record.footprint is None else record.footprint.peak_bytes
         weights = sum(file.size for file in record.files)
         if record.footprint is not None:
@@ -93,7 +93,8 @@ class VersionOpener:
         builder = self._builders.get(record.kind)
         if builder is not None:
             executor = await builder(record, folder, stats)
-            return Opened(ModelConfig(platform=f"inferway_{record.kind}"), executor=executor)
+            config = ModelConfig(platform=f"inferway_{record.kind}")
+            return Opened(config, executor=executor, footprint=_footprint(executor))
         backend = self._backends.get(record.isolation)
         if backend is None or record.kind != "onnx":
             raise ModelLoadError(
@@ -122,8 +123,8 @@ class VersionOpener:
         await asyncio.to_thread(session.close)
 
 
-def _footprint(session: Session) -> Footprint | None:
-    """What the session's own process takes; None where it has none, or the system does not tell."""
+def _footprint(session: Session | Executor) -> Footprint | None:
+    """What it takes of the memory; None where it has none, or the system does not tell."""
     measured: Callable[[], Footprint | None] | None = getattr(session, "footprint", None)
     return None if measured is None else measured()
 

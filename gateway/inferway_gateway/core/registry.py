@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, Protocol
 
 from .backend import Artifact, Backend, Session
 from .batcher import Batcher
+from .catalog import LANGUAGE_FILE
 from .encoding import TextEncoder, TextReader
 from .errors import (
     ConflictError,
@@ -28,7 +29,8 @@ from .errors import (
     ModelNotReadyError,
     VersionNotFoundError,
 )
-from .execution import Executor
+from .execution import Executor, Speaker
+from .generation import TextGenerator
 from .managed import ManagedVersions
 from .model_config import ModelConfig
 from .runners import RunnerPool
@@ -85,6 +87,14 @@ class Builder(Protocol):
         ...
 
 
+class LanguageBuilder(Protocol):
+    """Makes the executor of a language model of the folder."""
+
+    async def __call__(self, artifact: Artifact, stats: ModelStats, /) -> Executor:
+        """Raises ``GatewayError`` with a message for the operator."""
+        ...
+
+
 class Registry:
     """Model name to versions to sessions.
 
@@ -99,6 +109,7 @@ class Registry:
         builders: name of the file that stands for a model, to what makes its executor. What it leans on may come later
             than it does, so a version that could not be made is tried again.
         read_text: reads what makes a text encoder of a model; None: there are none.
+        language: opens language models; None: there are none.
     """
 
     def __init__(
@@ -116,8 +127,10 @@ class Registry:
         managed: ManagedVersions | None = None,
         builders: Mapping[str, Builder] | None = None,
         read_text: TextReader | None = None,
+        language: LanguageBuilder | None = None,
     ) -> None:
         self._read_text = read_text
+        self._language = language
         self._repository = repository
         self._backend = backend
         self._runners = runners
@@ -475,13 +488,17 @@ class Registry:
         """Load one version and swap it in. Returns why that failed; what served before then serves on."""
         session: Session | None = None
         executor: Executor
-        text: TextEncoder | None = None
+        text: TextEncoder | TextGenerator | None = None
         config = found.config
         try:
             artifact = found.artifact(version)
             stats = model.ready[version].stats if version in model.ready else ModelStats()
             builder = self._builders.get(artifact.path.name)
-            if builder is not None:
+            if self._language is not None and artifact.path.name == LANGUAGE_FILE:
+                executor = await self._language(artifact, stats)
+                text = executor.generator if isinstance(executor, Speaker) else None
+                config = replace(config, platform="inferway_language")
+            elif builder is not None:
                 executor = await builder(model.name, version, artifact.path.parent, stats)
             else:
                 session = await self._in_loader(self._backend.open, artifact)

@@ -29,6 +29,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import Any, Final
 
 from ..core.backend import Artifact
+from ..core.catalog import LANGUAGE_FILE
 from ..core.errors import ModelNotFoundError, VersionNotFoundError
 from ..core.model_config import ModelConfig
 from . import triton_config
@@ -285,11 +286,11 @@ def _find_versions(folder: ModelFolder, file_name: str) -> dict[int, Path]:
     with os.scandir(folder.path) as entries:
         names = [entry.name for entry in entries if VERSION_PATTERN.fullmatch(entry.name) and entry.is_dir()]
     for name in sorted(names, key=int):
-        path = _find_model(folder, file_name, name) or _find_elsewhere(folder, name)
+        path = _find_language(folder, name) or _find_model(folder, file_name, name) or _find_elsewhere(folder, name)
         if path is not None:
             found[int(name)] = path
     if not names:
-        path = _find_model(folder, file_name) or _find_elsewhere(folder)
+        path = _find_language(folder) or _find_model(folder, file_name) or _find_elsewhere(folder)
         if path is not None:
             found[1] = path
     return found
@@ -301,6 +302,11 @@ def _find_model(folder: ModelFolder, file_name: str, *version: str) -> Path | No
         # A model with external data may be a folder of the model's name that holds a file of that name.
         where = (*where, file_name)
     return folder.find("/".join(where), *where)
+
+
+def _find_language(folder: ModelFolder, *version: str) -> Path | None:
+    """What says that the model beside it writes text."""
+    return folder.find("/".join((*version, LANGUAGE_FILE)), *version, LANGUAGE_FILE)
 
 
 def _find_elsewhere(folder: ModelFolder, *version: str) -> Path | None:

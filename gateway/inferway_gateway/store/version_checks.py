@@ -48,7 +48,7 @@ class VersionChecks:
 
     async def admit(self, record: VersionRecord) -> None:
         folder = await self._directories.materialise(record)
-        if record.kind == "onnx":
+        if record.kind in ("onnx", "language"):
             artifact = await asyncio.to_thread(read_artifact, record, folder)
             if self._admit is not None:
                 await asyncio.to_thread(self._admit, artifact, [file.path for file in record.files])

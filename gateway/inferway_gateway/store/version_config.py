@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..core.backend import Artifact
-from ..core.catalog import Kind, VersionRecord
+from ..core.catalog import LANGUAGE_FILE, Kind, VersionRecord
 from ..core.errors import InvalidParameterError, ModelRejectedError
 from ..core.model_config import ModelConfig
 from ..core.pipeline import PipelineSpec
@@ -47,7 +47,7 @@ def kind_of(paths: Collection[str]) -> Kind:
         raise InvalidParameterError(
             f"expected an ONNX model, {PIPELINE_FILE} or {REMOTE_FILE} among 'files', got none of them"
         )
-    return "onnx"
+    return "language" if LANGUAGE_FILE in paths else "onnx"
 
 
 def check_options(members: Mapping[str, Any]) -> None:
@@ -108,6 +108,8 @@ def read_artifact(record: VersionRecord, place: Path) -> Artifact:
     try:
         folder = ModelFolder(place.parent.resolve(), place.name)
         config, file_name = _read_config(record, folder)
+        if record.kind == "language":
+            file_name = LANGUAGE_FILE  # it names the ONNX file itself
         path = _find_model(folder, file_name, [file.path for file in record.files])
     except ConfigError as error:
         raise ModelRejectedError(f"'{record.model}' version {record.version}: {error}") from None

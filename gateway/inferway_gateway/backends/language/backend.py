@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ...core.backend import Artifact
+from ...core.catalog import Footprint
 from ...core.errors import GatewayError, ModelLoadError, ModelRejectedError
 from ...core.model_config import ModelConfig
+from ...core.stats import ModelStats
 from ..footprint import memory_of_machine
 from ..onnx.admission import AdmissionReport, admit
 from .constraints import Grammars
 from .engine import Engine, EngineLimits
+from .executor import LanguageExecutor
 from .generator import Generator, on_loop
 from .orders import Order, Report
 from .package import Package, parse_object, read_package
@@ -108,16 +112,16 @@ class LanguageBackend:
     def __init__(self, cpus: int | None = None) -> None:
         self._cpus = cpus or len(os.sched_getaffinity(0))
 
-    async def open(
-        self, name: str, version: int, folder: Path, config: ModelConfig, *, approved: bool = False
-    ) -> Generator:
-        """Open the model of a folder in this process.
+    async def open(self, artifact: Artifact, stats: ModelStats, *, approved: bool = False) -> LanguageExecutor:
+        """Open a model version.
 
         Args:
+            artifact: its path is that of ``genai_config.json``.
             approved: the model's own chat template may be rendered.
         Raises:
             ModelLoadError: with what is wrong with it.
         """
+        name, version, folder, config = artifact.name, artifact.version, artifact.path.parent, artifact.config
         loop = asyncio.get_running_loop()
         holder: list[Generator] = []
 
@@ -136,6 +140,7 @@ class LanguageBackend:
                 context_length=opened.engine.context_length,
                 kv_bytes=opened.kv_bytes,
                 approved=approved,
+                model_stats=stats,
             )
         except GatewayError as error:
             raise ModelLoadError(f"failed to load '{name}' version {version}: {error.message}") from None
@@ -145,4 +150,5 @@ class LanguageBackend:
         holder.append(generator)
         opened.engine.start()
         generator.connect(LocalLink(opened.engine))
-        return generator
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        return LanguageExecutor(generator, stats, Footprint(size, size + opened.kv_bytes))

@@ -26,6 +26,7 @@ from ...core.generation import (
     TokenLogprob,
     Usage,
 )
+from ...core.stats import ModelStats
 from .orders import Failure, Order, Piece, RawLogprob, Report
 from .package import Package
 from .text import Vocabulary
@@ -56,10 +57,18 @@ class Generator:
     Args:
         context_length: of the model, or what the memory for keys and values allows where that is less.
         approved: whether the package's own template may be rendered.
+        model_stats: of the version, whose gauge of running requests is kept here.
     """
 
     def __init__(
-        self, package: Package, vocabulary: Vocabulary, *, context_length: int, kv_bytes: int, approved: bool
+        self,
+        package: Package,
+        vocabulary: Vocabulary,
+        *,
+        context_length: int,
+        kv_bytes: int,
+        approved: bool,
+        model_stats: ModelStats,
     ) -> None:
         try:
             library = importlib.import_module("tokenizers")
@@ -75,6 +84,7 @@ class Generator:
             self._plain.encode_special_tokens = True
         except Exception as error:
             raise ModelLoadError(f"tokenizer.json cannot be used: {str(error)[:300]}") from None
+        self._model_stats = model_stats
         self._vocabulary = vocabulary
         self._ends = frozenset(package.ends)
         self.context_length: Final = context_length
@@ -132,6 +142,7 @@ class Generator:
         self._idle.clear()
         stats = self.stats
         stats.requests += 1
+        self._model_stats.running += 1
         prompt = len(request.prompt)
         completion = 0
         before = time.monotonic()
@@ -169,6 +180,7 @@ class Generator:
                     raise last.error()
         finally:
             del self._answers[number]
+            self._model_stats.running -= 1
             if not self._answers:
                 self._idle.set()
             if not over:
@@ -266,6 +278,10 @@ class Generator:
         self.stats.running = self.stats.waiting = self.stats.kv_bytes = 0
         for number, queue in self._answers.items():
             queue.put_nowait(Failure.of(number, WorkerCrashedError(message)))
+
+    def problem(self) -> str | None:
+        """Why requests cannot be answered now, in words; None where they can."""
+        return None
 
     @property
     def busy(self) -> int:

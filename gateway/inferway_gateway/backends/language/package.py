@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from ...core.catalog import LANGUAGE_FILE
 from ...core.errors import ModelLoadError
 from ...core.generation import GenerationDefaults, Sampling
 from ...core.model_config import GenerationOptions
 
-CONFIG_FILE: Final = "genai_config.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
@@ -74,19 +74,21 @@ def read_package(folder: Path, options: GenerationOptions) -> Package:
     Raises:
         ModelLoadError: a file is missing, cannot be read, or asks for what the engine does not do.
     """
-    config = _read_json(folder, CONFIG_FILE, _SMALL_BYTES)
-    model = _table(config, "model", CONFIG_FILE)
-    decoder = _table(model, "decoder", f"{CONFIG_FILE}: model")
+    config = _read_json(folder, LANGUAGE_FILE, _SMALL_BYTES)
+    model = _table(config, "model", LANGUAGE_FILE)
+    decoder = _table(model, "decoder", f"{LANGUAGE_FILE}: model")
     for part in ("encoder", "vision", "speech", "embedding"):
         if part in model:
-            raise ModelLoadError(f"{CONFIG_FILE} has an {part} model: only decoders of text can be served")
+            raise ModelLoadError(f"{LANGUAGE_FILE} has an {part} model: only decoders of text can be served")
     if isinstance(decoder.get("pipeline"), list):
-        raise ModelLoadError(f"{CONFIG_FILE} splits the decoder into a pipeline, expected one ONNX file")
+        raise ModelLoadError(f"{LANGUAGE_FILE} splits the decoder into a pipeline, expected one ONNX file")
     if decoder.get("sliding_window"):
-        raise ModelLoadError(f"{CONFIG_FILE} has a sliding window, which the engine does not keep keys and values for")
+        raise ModelLoadError(
+            f"{LANGUAGE_FILE} has a sliding window, which the engine does not keep keys and values for"
+        )
     name = decoder.get("filename", "model.onnx")
     if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-        raise ModelLoadError(f"{CONFIG_FILE} names a decoder that is not in the folder")
+        raise ModelLoadError(f"{LANGUAGE_FILE} names a decoder that is not in the folder")
     numbers = {
         "context_length": _number(model, "context_length", 2, 1 << 24),
         "vocabulary_size": _number(model, "vocab_size", 1, _MOST_TOKENS),
@@ -97,7 +99,7 @@ def read_package(folder: Path, options: GenerationOptions) -> Package:
     ends = model.get("eos_token_id", [])
     ends = tuple(ends) if isinstance(ends, list) else (ends,)
     if not ends or not all(type(end) is int and 0 <= end < numbers["vocabulary_size"] for end in ends):
-        raise ModelLoadError(f"{CONFIG_FILE}: model.eos_token_id has to be a token, or a list of tokens")
+        raise ModelLoadError(f"{LANGUAGE_FILE}: model.eos_token_id has to be a token, or a list of tokens")
     tokenizer = _read_text(folder, TOKENIZER_FILE, _TOKENIZER_BYTES)
     if tokenizer is None:
         raise ModelLoadError(f"{TOKENIZER_FILE} is missing: save it beside the model")
@@ -124,22 +126,17 @@ def read_package(folder: Path, options: GenerationOptions) -> Package:
     )
 
 
-def is_language(files: Collection[str]) -> bool:
-    """Whether a version with these files is a language model."""
-    return CONFIG_FILE in files
-
-
 def _names(decoder: Mapping[str, Any], part: str, least: Mapping[str, str]) -> dict[str, str]:
     said = decoder.get(part, {})
     if not isinstance(said, Mapping) or not all(isinstance(name, str) for name in said.values()):
-        raise ModelLoadError(f"{CONFIG_FILE}: model.decoder.{part} has to map parts to names")
+        raise ModelLoadError(f"{LANGUAGE_FILE}: model.decoder.{part} has to map parts to names")
     kind = "past" if part == "inputs" else "present"
     kv = {f"{kind}_{of}_names": f"{kind}_key_values.%d.{of}".replace("present_key_values", "present") for of in
           ("key", "value")}  # fmt: skip
     found = {**kv, **least, **said}
     for of in kv:
         if found[of].count("%d") != 1:
-            raise ModelLoadError(f"{CONFIG_FILE}: model.decoder.{part}.{of} has to hold one %d")
+            raise ModelLoadError(f"{LANGUAGE_FILE}: model.decoder.{part}.{of} has to hold one %d")
     return found
 
 
@@ -171,14 +168,14 @@ def _defaults(search: Mapping[str, Any], options: GenerationOptions) -> Generati
 def _real(table: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
     said = table.get(name, default)
     if isinstance(said, bool) or not isinstance(said, int | float) or not math.isfinite(said):
-        raise ModelLoadError(f"{CONFIG_FILE}: search.{name} has to be a number")
+        raise ModelLoadError(f"{LANGUAGE_FILE}: search.{name} has to be a number")
     return min(max(float(said), least), most)
 
 
 def _number(table: Mapping[str, Any], name: str, least: int, most: int) -> int:
     said = table.get(name)
     if type(said) is not int or not least <= said <= most:
-        raise ModelLoadError(f"{CONFIG_FILE}: {name} has to be a whole number from {least} to {most}")
+        raise ModelLoadError(f"{LANGUAGE_FILE}: {name} has to be a whole number from {least} to {most}")
     return said
 
 

@@ -11,8 +11,10 @@ import pytest
 
 from inferway_gateway.backends.language.backend import LanguageBackend
 from inferway_gateway.backends.language.generator import Generator
+from inferway_gateway.core.backend import Artifact
 from inferway_gateway.core.generation import ChosenLogprob, Delta, GenerationRequest, Sampling
 from inferway_gateway.core.model_config import GenerationOptions, ModelConfig
+from inferway_gateway.core.stats import ModelStats
 
 MODELS = Path(__file__).parents[4] / ".cache" / "inferway-models"
 PROMPT = "The capital of France is"
@@ -36,9 +38,10 @@ async def open_language() -> AsyncIterator[OpenModel]:
         async def open_one(model: str | Path = "tiny-llm", **options: Any) -> Generator:
             folder = folder_of(model) if isinstance(model, str) else model
             config = ModelConfig(generation=GenerationOptions(**options))
-            generator = await LanguageBackend(cpus=2).open("m", 1, folder, config, approved=True)
-            stack.push_async_callback(generator.close)
-            return generator
+            artifact = Artifact("m", 1, folder / "genai_config.json", config)
+            executor = await LanguageBackend(cpus=2).open(artifact, ModelStats(), approved=True)
+            stack.push_async_callback(executor.close)
+            return executor.generator
 
         yield open_one
 
