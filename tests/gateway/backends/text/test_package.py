@@ -19,7 +19,6 @@ from inferway_gateway.core.encoding import TextPackage
 from inferway_gateway.core.errors import ModelLoadError
 from inferway_gateway.store.repository import ModelRepository
 
-
 Files = dict[str, bytes | Mapping[str, Any]]
 
 
