@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -83,6 +84,7 @@ MEMORY_SHARE: Final = 0.8
 
 
 _EVENTS_WAITING: Final = 1024
+_LOADS_ON_DEMAND: Final = 2
 _WORKER_EVENTS: Final[dict[str, EventKind]] = {
     "worker_crashed": "worker_crashed",
     "breaker_opened": "breaker_opened",
@@ -268,11 +270,12 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             remote = await stack.enter_async_context(RemoteBackend(upstreams))
             opener = VersionOpener(
                 place,
-                partial(_describe, settings.extensions_models),
+                partial(_describe, settings),
                 {"inprocess": backend, "worker": workers},
                 {"remote": open_remote, "pipeline": open_pipeline, "language": open_language},
                 weigh=_weigh,
-                threads=settings.parallel_deployments,
+                # Deployments that take their time must not keep what is asked for from being loaded.
+                threads=settings.parallel_deployments + _LOADS_ON_DEMAND,
                 read_text=read_package,
             )
             await stack.enter_async_context(opener)
@@ -362,7 +365,14 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             follower = Follower(catalog, managed, router, remove=checks.remove)
             owner = process_id()
             deployer = Deployer(
-                catalog, managed, checks, follower.follow, owner=owner, parallel=settings.parallel_deployments
+                catalog,
+                managed,
+                checks,
+                follower.follow,
+                owner=owner,
+                parallel=settings.parallel_deployments,
+                per_key=settings.deployments_per_key,
+                limit_s=settings.deployment_timeout_s,
             )
             stack.push_async_callback(deployer.close)
             await deployer.end_interrupted()
@@ -494,11 +504,21 @@ def _weigh(record: VersionRecord, folder: Path) -> int:
         return 0  # it was let in before, and is not judged again here
 
 
-def _describe(extensions_models: Collection[str], record: VersionRecord, folder: Path) -> Artifact:
-    """The version's model; whether it may use other operators is not for its own configuration to say."""
+def _describe(settings: Settings, record: VersionRecord, folder: Path) -> Artifact:
+    """The version's model. Whether it may use other operators is not for its own configuration to say, nor how much of
+    the machine it may keep busy, and for how long."""
     artifact = read_artifact(record, folder)
-    session = replace(artifact.config.session, extensions=_matches(record.model, extensions_models))
-    return replace(artifact, config=replace(artifact.config, session=session))
+    config = artifact.config
+    threads = config.session.intra_op_threads
+    session = replace(
+        config.session,
+        extensions=_matches(record.model, settings.extensions_models),
+        intra_op_threads=threads and min(threads, settings.cpus or len(os.sched_getaffinity(0))),
+    )
+    run_timeout_s = config.run_timeout_s
+    if run_timeout_s is not None:
+        run_timeout_s = min(run_timeout_s, max(settings.run_timeout_s, settings.run_timeout_limit_s))
+    return replace(artifact, config=replace(config, session=session, run_timeout_s=run_timeout_s))
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:

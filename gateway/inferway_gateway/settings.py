@@ -92,8 +92,8 @@ class Settings(BaseSettings):
     worker_answer_limit_bytes: PositiveInt = 256 * 1024 * 1024
     """Bytes that the outputs of one run in a worker may have."""
     worker_breaker_failures: int = Field(default=3, ge=0)
-    """Requests that killed their worker although they were alone in it, or starts that failed, within a minute, after
-    which a version is held back for 5 seconds and more; 0: it never is."""
+    """Requests that killed their worker although they were alone in it, crashes while nothing ran, and starts that
+    failed, within a minute, after which a version is held back for 5 seconds and more; 0: it never is."""
     worker_respawns_per_minute: PositiveInt = 60
     """How often the workers of one version are started again in a minute, whatever ends them."""
     allow_inprocess: bool = False
@@ -105,6 +105,11 @@ class Settings(BaseSettings):
     """Seconds that a request waits for a deployed model that has to be loaded for it. The load goes on after that."""
     parallel_deployments: PositiveInt = 2
     """Deployments that go on at once, of different models. Those of one model go one after the other."""
+
+    deployments_per_key: PositiveInt = 32
+    """Deployments that one key may have going on or waiting at a time. What is free goes to the key with the fewest."""
+    deployment_timeout_s: PositiveFloat = 1800.0
+    """Seconds that a deployment may take once it is its turn."""
 
     extensions_models: Annotated[tuple[str, ...], NoDecode] = ()
     """Patterns (``ocr-*``) of names of deployed models that may use the operators of onnxruntime-extensions, which are
@@ -122,6 +127,9 @@ class Settings(BaseSettings):
     """Runs measured shorter than this happen on the event loop, for a hop to a thread costs as much. 0: none does."""
     run_timeout_s: PositiveFloat = 30.0
     """Seconds after which a run is ended."""
+    run_timeout_limit_s: PositiveFloat = 600.0
+    """The most seconds that a deployed model's own configuration may ask for in place of ``run_timeout_s``; where it
+    asks for more it is given so many."""
 
     body_limit_bytes: PositiveInt = 128 * 1024 * 1024
     """The largest body, before and after decompression."""

@@ -13,7 +13,9 @@ what was loaded is unloaded. After it, every gateway on the database finds the n
 once, the others within half a second.
 
 Deployments of one model go one after the other, in the order in which they began, whichever gateways carry them out; at
-most ``parallel`` of different models go at the same time. A gateway says from time to time that it is there; the
+most ``parallel`` of different models go at the same time, and the next one is of the key that has the fewest of those.
+A key may have so many that go on or wait, and each may take so long: nobody's models keep others' from being deployed.
+A gateway says from time to time that it is there; the
 deployments of one that has not said so are ended as interrupted by whoever notices.
 """
 
@@ -26,8 +28,9 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -51,11 +54,13 @@ from .catalog import (
 from .errors import (
     AliasNotFoundError,
     ConflictError,
+    DeadlineExceededError,
     DeploymentNotFoundError,
     GatewayError,
     InternalError,
     ModelExecutionError,
     ModelNotReadyError,
+    QuotaExceededError,
     ShuttingDownError,
     StoreUnavailableError,
 )
@@ -73,12 +78,12 @@ KEEP_S: Final = 5.0
 """How often a gateway says that it is there, while it carries out deployments."""
 GONE_S: Final = 30.0
 """A gateway that has not said so for this long is taken for gone."""
+PER_KEY: Final = 32
+LIMIT_S: Final = 1800.0
 SAME_CONTENT_WAIT_S: Final = 20.0
 """How long a deployment of content that is being deployed already waits to find it there."""
 WARM_LIMIT_BYTES: Final = 256 * 1024 * 1024
 """The largest input of zeros that a version is warmed up with."""
-_MANY: Final = 1000
-"""Deployments that are looked through for those that run; there are never so many that do."""
 INTERRUPTED: Final = "interrupted: the gateway that carried it out has gone; deploy again"
 
 Clock = Callable[[], float]
@@ -244,12 +249,52 @@ def wanted_ahead(snapshot: Snapshot) -> set[Key]:
     return wanted
 
 
+class FairSlots:
+    """So many at once; one that is free goes to the key that holds the fewest, and among its equals to who came first.
+
+    Args:
+        count: of them.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._held: Counter[str] = Counter()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+
+    @asynccontextmanager
+    async def slot(self, key: str) -> AsyncIterator[None]:
+        """Wait for one, and hold it."""
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((key, granted))
+        self._grant()
+        try:
+            await granted
+            yield
+        finally:
+            if granted.done() and not granted.cancelled():
+                self._free += 1
+                self._held -= Counter((key,))
+            self._grant()
+
+    def _grant(self) -> None:
+        self._waiting = [(key, granted) for key, granted in self._waiting if not granted.done()]
+        while self._free and self._waiting:
+            first = min(self._waiting, key=lambda entry: self._held[entry[0]])
+            self._waiting.remove(first)
+            key, granted = first
+            self._free -= 1
+            self._held[key] += 1
+            granted.set_result(None)
+
+
 class Deployer:
     """Carries deployments out.
 
     Args:
         owner: the name of this process, see ``process_id``.
         parallel: deployments that go on at once.
+        per_key: deployments of one key that go on or wait, on all gateways together.
+        limit_s: how long one may take, once it goes on.
     """
 
     def __init__(
@@ -261,6 +306,8 @@ class Deployer:
         *,
         owner: str,
         parallel: int = 2,
+        per_key: int = PER_KEY,
+        limit_s: float = LIMIT_S,
         poll_s: float = POLL_S,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Clock = time.monotonic,
@@ -270,7 +317,9 @@ class Deployer:
         self._checks = checks
         self._follow = follow
         self._owner = owner
-        self._slots = asyncio.Semaphore(parallel)
+        self._slots = FairSlots(parallel)
+        self._per_key = per_key
+        self.limit_s: Final = limit_s
         self.poll_s: Final = poll_s
         self._now = now
         self._clock = clock
@@ -286,8 +335,15 @@ class Deployer:
         Raises:
             ConflictError: the wanted number belongs to other content.
             BlobNotFoundError: a file's blob is not stored whole.
+            QuotaExceededError: the key has so many deployments that go on or wait already.
             ShuttingDownError: this gateway ends.
         """
+        running = await self._catalog.running_deployments()
+        if sum(record.created_by == by for record in running) >= self._per_key:
+            raise QuotaExceededError(
+                f"expected at most {self._per_key} deployments of this key at once, so many go on or wait already; "
+                "wait for one of them or cancel it"
+            )
         digest = manifest_digest(spec.kind, spec.files, spec.config, isolation)
         end = self._clock() + SAME_CONTENT_WAIT_S
         while True:
@@ -311,8 +367,8 @@ class Deployer:
         return record
 
     async def _same_content(self, model: str, digest: str) -> DeploymentRecord | None:
-        for record in await self._catalog.deployments(model):
-            if record.state == "running" and record.digest == digest:
+        for record in await self._catalog.running_deployments():
+            if record.spec.model == model and record.digest == digest:
                 return record
         return None
 
@@ -399,8 +455,8 @@ class Deployer:
         for record in await self._catalog.unkept_deployments(self._now() - timedelta(seconds=GONE_S)):
             if record.id not in self._running:
                 await self._end_interrupted(record)
-        for record in await self._catalog.deployments():
-            if record.state == "running" and record.id not in self._running and is_gone(record.owner):
+        for record in await self._catalog.running_deployments():
+            if record.id not in self._running and is_gone(record.owner):
                 await self._end_interrupted(record)
 
     async def _end_interrupted(self, record: DeploymentRecord) -> None:
@@ -488,17 +544,26 @@ class _Course:
         try:
             await self._done(Step.RECEIVED)
             await self._turn()
-            async with deployer._slots:
-                if self._deployment.reused:
-                    await self._bring_back()
-                else:
-                    await self._bring()
+            async with deployer._slots.slot(self._record.created_by):
+                await self._within_limit(self._bring_back if self._deployment.reused else self._bring)
                 self._step = Step.READY
                 await self._commit()
         except BaseException:
             if not self._committed and not self._deployment.reused:
                 await asyncio.shield(self._undo())
             raise
+
+    async def _within_limit(self, bring: Callable[[], Awaitable[None]]) -> None:
+        limit_s = self._deployer.limit_s
+        try:
+            async with asyncio.timeout(limit_s) as timer:
+                await bring()
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            raise DeadlineExceededError(
+                f"deploying it took longer than the {limit_s:g} s that a deployment may take"
+            ) from None
 
     async def _bring(self) -> None:
         record = self._record
@@ -537,10 +602,10 @@ class _Course:
         deployer = self._deployer
         while True:
             older = None
-            for record in reversed(await self._catalog.deployments(self._record.model, _MANY)):
+            for record in await self._catalog.running_deployments():
                 if record.id == self._deployment.id:
                     break
-                if record.state == "running":
+                if record.spec.model == self._record.model:
                     older = record
                     break
             if older is None:

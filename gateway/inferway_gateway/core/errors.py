@@ -235,7 +235,7 @@ class GoldenMismatchError(GatewayError):
 
 
 class QuotaExceededError(GatewayError):
-    """What the request would store goes beyond what its key, or the gateway, may keep."""
+    """What the request would store, or begin, goes beyond what its key, or the gateway, may have."""
 
     code = "quota_exceeded"
 

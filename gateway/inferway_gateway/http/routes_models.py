@@ -7,9 +7,10 @@ the route itself sees to that; lists are filtered here, and a deployment of a fo
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -63,6 +64,8 @@ from .routes_oip import parse_version
 
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 _SECONDS: Final = re.compile(r"[0-9]{1,4}(?:\.[0-9]{1,9})?")
+_MAX_NESTING: Final = 32
+_MAX_MEMBERS_BYTES: Final = 64 * 1024
 _PAGE: Final = 200
 """Records that are read at once where some may have to be left out."""
 
@@ -105,6 +108,7 @@ async def change_version(request: Request) -> Response:
     name, version = _version_of(request)
     _check_own(request, name)
     body = key_bodies.read(contract.VersionChange, await json_object(request, DEPLOY_BODY_LIMIT_BYTES))
+    _check_size("metadata", body.metadata or {})
     record = await _catalog(request).change_version(
         name, version, by=caller(request), labels=body.labels, metadata=body.metadata, pinned=body.pinned
     )
@@ -136,6 +140,8 @@ async def create_version(request: Request) -> Response:
         )
     files = tuple(FileRef(file.path, file.digest, file.size) for file in body.files)
     check_files(files)
+    _check_size("config", body.config)
+    _check_size("metadata", body.metadata)
     check_options(body.config)
     spec = VersionSpec(
         model=name,
@@ -428,6 +434,26 @@ def _event(event: Event) -> contract.Event:
 
 
 # ---------------------------------------------------------------------------------------------------- what is asked
+
+
+def _check_size(name: str, members: Mapping[str, Any]) -> None:
+    """Bound what is kept of a version beside its files: every gateway has that of every version in its memory."""
+    level: list[Any] = [members]
+    for _ in range(_MAX_NESTING):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise InvalidParameterError(f"expected '{name}' to be nested at most {_MAX_NESTING} deep")
+    size = len(json.dumps(members, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
+    if size > _MAX_MEMBERS_BYTES:
+        raise InvalidParameterError(
+            f"expected '{name}' to take at most {_MAX_MEMBERS_BYTES} bytes of JSON, got {size}; larger things can be "
+            "files of the version"
+        )
 
 
 def _limit(request: Request) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from inferway_gateway.core.catalog import (
 )
 from inferway_gateway.core.deployments import (
     Deployer,
+    FairSlots,
     Follower,
     following,
     is_gone,
@@ -45,6 +47,7 @@ from inferway_gateway.core.errors import (
     GatewayError,
     ModelNotFoundError,
     ModelRejectedError,
+    QuotaExceededError,
     ShuttingDownError,
     StoreUnavailableError,
 )
@@ -175,7 +178,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
 
 
 @asynccontextmanager
-async def running(root: Path, *, memory_bytes: int = 1 << 30) -> AsyncIterator[Gateway]:
+async def running(root: Path, *, memory_bytes: int = 1 << 30, **limits: Any) -> AsyncIterator[Gateway]:
     async with (
         RunnerPool(1) as runners,
         open_catalog(database_url=f"sqlite:///{root}/inferway.db") as catalog,
@@ -187,7 +190,7 @@ async def running(root: Path, *, memory_bytes: int = 1 << 30) -> AsyncIterator[G
         registry = Registry(None, backend, runners, managed=managed)
         aliases = Aliases()
         follower = Follower(catalog, managed, aliases, remove=checks.remove, poll_s=0.02)
-        deployer = Deployer(catalog, managed, checks, follower.follow, owner=process_id(), poll_s=0.02)
+        deployer = Deployer(catalog, managed, checks, follower.follow, owner=process_id(), poll_s=0.02, **limits)
         async with opener:
             await registry.run()
             tasks = [asyncio.create_task(follower.run()), asyncio.create_task(deployer.run())]
@@ -526,3 +529,64 @@ async def test_what_is_loaded_ahead(start: Start) -> None:
             await asyncio.sleep(0.005)
     assert sorted(served.version for served in other.managed.loaded()) == [1, 4]
     assert await other.answer("m", 2) == 2.0
+
+
+async def test_a_deployment_that_takes_too_long_is_ended_and_gives_its_slot_back(tmp_path: Path) -> None:
+    async with running(tmp_path, limit_s=0.2) as gateway, asyncio.timeout(60):
+        gateway.checks.hold("admit")
+        held = [await gateway.begin(number, f"m{number}") for number in (1, 2)]
+        for record in held:
+            ended = await gateway.end(record)
+            assert (ended.failed_step, ended.error_code) == (Step.ADMITTED, "deadline_exceeded")
+            assert "longer than the 0.2 s" in (ended.error_message or "")
+        del gateway.checks.holds["admit"]
+        await gateway.deploy(3)
+
+
+async def test_a_key_has_so_many_deployments_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path, per_key=2) as gateway, asyncio.timeout(60):
+        gateway.checks.hold("admit")
+        first = await gateway.begin(1, "m1")
+        await gateway.begin(2, "m2")
+        with pytest.raises(QuotaExceededError, match="at most 2 deployments of this key at once"):
+            await gateway.begin(3, "m3")
+        other = await gateway.deployer.submit(await gateway.spec(3, "m3"), isolation="inprocess", by="another")
+        await gateway.deployer.cancel(first.id, by=KEY)
+        await gateway.begin(4, "m4")
+        gateway.checks.holds["admit"].set()
+        assert (await gateway.end(other)).state == "succeeded"
+
+
+async def test_a_slot_goes_to_the_key_that_holds_the_fewest() -> None:
+    slots = FairSlots(2)
+    begun: list[str] = []
+    ends: dict[str, asyncio.Event] = {}
+
+    async def work(name: str) -> None:
+        ends[name] = asyncio.Event()
+        async with slots.slot(name[0]):
+            begun.append(name)
+            await ends[name].wait()
+
+    async def settle() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    tasks = {name: asyncio.create_task(work(name)) for name in ("a1", "a2", "a3", "a4", "b1", "b2")}
+    await settle()
+    assert begun == ["a1", "a2"]
+    ends["a1"].set()
+    await settle()
+    assert begun == ["a1", "a2", "b1"]
+    tasks["a3"].cancel()
+    ends["a2"].set()
+    await settle()
+    assert begun == ["a1", "a2", "b1", "a4"], "whoever waits no more is passed over"
+    tasks["a4"].cancel()
+    await settle()
+    assert begun[4:] == ["b2"]
+    for name in ("b1", "b2"):
+        ends[name].set()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+    async with slots.slot("c"), slots.slot("c"):
+        pass

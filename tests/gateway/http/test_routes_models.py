@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 import models
 from inferway_gateway.app import create_app
@@ -82,3 +83,51 @@ async def test_the_memory_of_deployed_models_is_in_the_metrics(tmp_path: Path) -
             "inferway_model_evictions_total 0.0",
         ):
             assert line in lines
+
+
+@pytest.mark.parametrize("member", ["metadata", "config"])
+async def test_what_is_kept_beside_the_files_is_bounded(tmp_path: Path, member: str) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(400):
+        deep = {"a": [deep]} if len(deep) else {"a": 1}
+    async with running(tmp_path, isolation="inprocess") as client:
+        refused = await deploy(client, "m", models.add_one(), **{member: {"a": deep}})
+        assert (refused.status_code, refused.json()["code"]) == (400, "invalid_parameter")
+        assert f"'{member}' to be nested at most 32 deep" in refused.json()["detail"]
+        refused = await deploy(client, "m", models.add_one(), **{member: {"a": "x" * 70_000}})
+        assert (refused.status_code, refused.json()["code"]) == (400, "invalid_parameter")
+        assert f"'{member}' to take at most 65536 bytes" in refused.json()["detail"]
+        assert (await client.get("/api/v1/deployments")).json() == {"deployments": []}
+
+
+async def test_the_metadata_of_a_version_is_bounded_when_it_is_changed(tmp_path: Path) -> None:
+    async with running(tmp_path, isolation="inprocess") as client:
+        assert (await deploy(client, "m", models.add_one(), metadata={"a": 1})).json()["state"] == "succeeded"
+        changed = await client.patch("/api/v1/models/m/versions/1", json={"metadata": {"a": "x" * 70_000}})
+        assert (changed.status_code, changed.json()["code"]) == (400, "invalid_parameter")
+        assert (await client.get("/api/v1/models/m/versions/1")).json()["metadata"] == {"a": 1}
+
+
+async def test_a_model_cannot_ask_for_more_threads_or_time_than_the_operator_gives(tmp_path: Path) -> None:
+    """1024 threads that the process table has no room for would keep its load waiting for them."""
+    config = {"run_timeout_s": 1e9, "session": {"intra_op_threads": 1024}}
+    async with running(tmp_path, cpus=1, run_timeout_s=0.2, run_timeout_limit_s=0.5) as client:
+        assert (await deploy(client, "m", models.add_one(), config=config)).json()["state"] == "succeeded"
+        assert (await deploy(client, "e", models.endless(), config=config)).json()["state"] == "succeeded"
+        body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [0.0] * 64}]}
+        answer = await client.post("/v2/models/e/infer", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+        assert "longer than the 0.5 s" in answer.json()["error"]
+
+
+async def test_a_key_has_so_many_deployments_going_on(tmp_path: Path) -> None:
+    async with running(tmp_path, deployments_per_key=1, deployment_timeout_s=60) as client:
+        slow = models.endless()
+        digest = sha256(slow).hexdigest()
+        await client.put(f"/api/v1/blobs/{digest}", content=slow)
+        body = {"files": [{"path": "model.onnx", "digest": digest, "size": len(slow)}]}
+        first = await client.post("/api/v1/models/a/versions", json=body)
+        second = await client.post("/api/v1/models/b/versions", json=body)
+        assert (first.status_code, second.status_code) == (202, 403)
+        assert second.json()["code"] == "quota_exceeded"
+        assert (await client.post(f"/api/v1/deployments/{first.json()['id']}/cancel")).status_code == 200
