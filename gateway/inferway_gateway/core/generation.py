@@ -7,7 +7,7 @@ a text that may yet become a stop string, wait until they are complete.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
@@ -208,6 +208,11 @@ class TextGenerator(Protocol):
 
     @property
     def vocabulary_size(self) -> int: ...
+
+    @property
+    def special_tokens(self) -> Collection[str]:
+        """Names that ``encode`` makes special tokens of."""
+        ...
 
     @property
     def adapters(self) -> Sequence[str]: ...
