@@ -44,6 +44,9 @@ SENTENCES: Final = [
 MINILM_OPTIONS: Final = """\
 [[batching.padding]]
 inputs = { input_ids = 1, attention_mask = 1, token_type_ids = 1 }
+
+[text]
+long_text = "truncate"
 """
 SHADES: Final = " ░▒▓█"
 
@@ -80,6 +83,7 @@ def make_minilm() -> None:
     started = time.perf_counter()
     built = sh(ROOT / "examples" / "models" / "make_models.py", MADE_MODELS, "--quiet", "--only", "minilm")
     place("minilm", MADE_MODELS / "minilm" / "model.onnx", MINILM_OPTIONS)
+    shutil.copy(MADE_MODELS / "minilm" / "tokenizer.json", REPOSITORY / "minilm")  # makes /v1/embeddings answer
     done = f"built in {time.perf_counter() - started:.1f} s" if built else "kept from the last run"
     print(f"  minilm   sentences to vectors, 22 million weights      {done}", flush=True)
 
