@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import secrets
 import time
@@ -29,6 +30,8 @@ from ..core.catalog import BlobRecord
 from ..core.errors import BlobNotFoundError, StoreUnavailableError
 from .blobs import STORED_PATTERN, DiskThreads, Stored, make_directories
 from .state import StateError, sync_directory
+
+_log = logging.getLogger("inferway.store")
 
 _PART: Final = 8 * 1024 * 1024
 """What is sent or fetched by one request, and so in memory."""
@@ -97,7 +100,7 @@ class ObjectDepot:
         return path
 
     async def remove(self, digest: str, copy: str) -> None:
-        with suppress(BlobNotFoundError), _answering():
+        with suppress(BlobNotFoundError), _answering(digest):
             await obstore.delete_async(self._store, _key(digest, copy))
 
     async def stored(self) -> list[Stored]:
@@ -181,10 +184,20 @@ def _answering(digest: str = "") -> Iterator[None]:
     """Translate what the object store has against it."""
     try:
         yield
-    except (NotFoundError, FileNotFoundError) as error:
-        raise BlobNotFoundError(f"expected the object store to have the content of blob {digest}") from error
-    except BaseError as error:
-        raise StoreUnavailableError("expected an answer of the object store, got none", retry_after_s=2.0) from error
+    except (BaseError, FileNotFoundError) as error:
+        if digest and isinstance(error, NotFoundError | FileNotFoundError):
+            raise BlobNotFoundError(f"expected the object store to have the content of blob {digest}") from error
+        # Its address and the bucket's name are the operator's to know, so they are in the log and not in the answer.
+        _log.warning("the object store does not do what it is asked: %s", reason_of(error))
+        raise StoreUnavailableError(
+            "expected the object store to do what it is asked, it does not; the gateway's log says why",
+            retry_after_s=2.0,
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What the object store's client says, without the debugging output that it appends."""
+    return str(error).partition("\n\nDebug source")[0].strip() or type(error).__name__
 
 
 def _move(file: Path, path: Path, root: Path) -> None:

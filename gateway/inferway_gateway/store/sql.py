@@ -324,4 +324,6 @@ def cause_in_words(error: StoreUnavailableError) -> str:
 
 def _words(error: BaseException) -> str:
     reason = error.orig if isinstance(error, DBAPIError) else error
-    return f"{type(reason).__name__}: {str(reason).strip() or 'no answer in time'}"
+    # The client of object stores appends pages of debugging output.
+    words = str(reason).partition("\n\nDebug source")[0].strip()
+    return f"{type(reason).__name__}: {words or 'no answer in time'}"

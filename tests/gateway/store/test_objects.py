@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import random
+import re
 import signal
 import socket
 import stat
@@ -30,6 +31,7 @@ from inferway_gateway.core.errors import BlobNotFoundError, StoreUnavailableErro
 from inferway_gateway.store.blobs import Collected, StorageLimits
 from inferway_gateway.store.catalog import SqlCatalog, open_catalog
 from inferway_gateway.store.objects import open_object_store
+from inferway_gateway.store.sql import cause_in_words
 from inferway_gateway.store.state import StateError
 from inferway_gateway.store.storage import Storage, open_storage
 
@@ -214,7 +216,7 @@ async def test_a_store_that_does_not_answer_is_said_so_and_what_came_stays(
             raise obstore.exceptions.GenericError("no")
 
         monkeypatch.setattr(obstore, "put_async", fails)
-        with pytest.raises(StoreUnavailableError, match="object store"):
+        with pytest.raises(StoreUnavailableError, match="the gateway's log says why"):
             await place.put(b"content")
         digest = hashlib.sha256(b"content").hexdigest()
         state = await place.blobs.partial(digest, KEY)
@@ -228,6 +230,18 @@ async def test_a_store_that_does_not_answer_is_said_so_and_what_came_stays(
 
         done = await place.blobs.put_stream(digest, nothing(), by=KEY, offset=7, total=7, length=0)
         assert done.complete
+
+
+async def test_a_bucket_that_is_not_there_is_named_in_the_log_and_to_nobody_else(
+    tmp_path: Path, bucket: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(tmp_path / "a", "s3://not-made-yet/models") as place:
+        with pytest.raises(StoreUnavailableError) as refused:
+            await place.put(b"content")
+    assert "not-made-yet" not in refused.value.message
+    assert re.search("does not do what it is asked: .*not-made-yet", caplog.text, re.DOTALL)
+    assert "Debug source" not in caplog.text
+    assert "Debug source" not in cause_in_words(refused.value)
 
 
 @pytest.mark.parametrize("url", ["", "bucket", "ftp://x/y"])
