@@ -17,6 +17,14 @@ would, and `MockGateway.calls` tells what was asked.
 
 Models can be deployed to it too. Nothing is loaded: the function that a test has defined for the name answers for every
 version, and `MockGateway.deployed` has what was sent. `MockGateway.fail_deployment` makes the next one fail.
+
+Language models and embedding models are functions too:
+
+    @gateway.chat("smol")
+    def smol(messages):
+        return f"You said: {messages[-1]['content']}"
+
+    assert client.chat.create("Hi", model="smol").text == "You said: Hi"
 """
 
 from __future__ import annotations
@@ -41,6 +49,7 @@ from ._errors import InvalidInputError, MalformedAnswer
 from ._inputs import fit
 from ._mock_lifecycle import LifecycleRefusal, MockLifecycle
 from ._mock_lifecycle import MockDeployment as MockDeployment
+from ._mock_text import ChatFunction, EmbedFunction, MockText, TextRefusal, error_object
 from ._onnx import NotOnnx, read_facts
 from ._options import Clock
 from ._signature import ModelMetadata, TensorSpec
@@ -49,6 +58,8 @@ from ._tensors import Array, cast_to, frames, json_data, layout_of, quoted_names
 Function: TypeAlias = Callable[[dict[str, Array]], Mapping[str, Any] | Any]
 Tensors: TypeAlias = Mapping[str, tuple[str, Sequence[int]]]
 F = TypeVar("F", bound=Function)
+C = TypeVar("C", bound=ChatFunction)
+E = TypeVar("E", bound=EmbedFunction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +71,7 @@ class MockCall:
         model, version: of an inference, else None.
         inputs: an inference's arrays; BF16 as float32, BYTES as ``str``.
         parameters, id: of an inference.
+        body: of a request under ``/v1``, decoded.
         status_code: what was answered.
     """
 
@@ -72,6 +84,7 @@ class MockCall:
     inputs: Mapping[str, Array] = field(default_factory=dict[str, Array])
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
     id: str | None = None
+    body: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +100,7 @@ class _Failure:
     message: str
     retry_after: str | None
     should_retry: bool | None
+    param: str | None = None
 
 
 class _Refused(Exception):
@@ -125,6 +139,7 @@ class MockGateway:
         self._api_key = api_key
         self._models: dict[tuple[str, str], _Model] = {}
         self._failures: deque[_Failure | Exception] = deque()
+        self._text = MockText()
         self._lifecycle = MockLifecycle(lambda name: [int(version) for known, version in self._models if known == name])
 
     @property
@@ -174,6 +189,40 @@ class MockGateway:
             return function
 
         return keep
+
+    def chat(self, name: str) -> Callable[[C], C]:
+        """Decorates the function that answers for a language model, in chats and completions.
+
+        The function gets the messages and gives a text; or its pieces, as a stream sends them; or a message as a
+        mapping, which may have ``tool_calls``. What it raises is answered as ``model_failed``: once pieces have come,
+        inside the stream.
+
+        Args:
+            name: the model's name.
+        """
+
+        def keep(function: C) -> C:
+            self._text.chats[name] = function
+            return function
+
+        return keep
+
+    def embeddings(self, name: str) -> Callable[[E], E]:
+        """Decorates the function that answers for an embedding model: a list of texts to ``[n, d]`` numbers.
+
+        Args:
+            name: the model's name.
+        """
+
+        def keep(function: E) -> E:
+            self._text.embedders[name] = function
+            return function
+
+        return keep
+
+    def cut_stream(self, *, pieces: int = 1) -> None:
+        """Let the next streamed answer break off after so many pieces of its text."""
+        self._text.cuts.append(pieces)
 
     def fail(
         self,
@@ -245,8 +294,10 @@ class MockGateway:
                 response = self._failed(request, failure)
             else:
                 response = self._answer(request, seen)
-        except (_Refused, LifecycleRefusal) as refused:
-            response = self._failed(request, _Failure(refused.status_code, refused.code, str(refused), None, False))
+        except (_Refused, LifecycleRefusal, TextRefusal) as refused:
+            param = refused.param if isinstance(refused, TextRefusal) else None
+            failure = _Failure(refused.status_code, refused.code, str(refused), None, False, param)
+            response = self._failed(request, failure)
         self._remember(request, response.status_code, seen)
         response.headers["X-Request-Id"] = request.headers.get("x-request-id", "mock")
         return response
@@ -259,7 +310,9 @@ class MockGateway:
         headers = {} if failure.retry_after is None else {"Retry-After": failure.retry_after}
         if failure.should_retry is not None:
             headers["X-Should-Retry"] = "true" if failure.should_retry else "false"
-        body = {"error": failure.message, "code": failure.code, "request_id": request_id}
+        body: dict[str, Any] = {"error": failure.message, "code": failure.code, "request_id": request_id}
+        if request.url.path.startswith("/v1/"):
+            body["error"] = error_object(failure.code, failure.message, failure.param)
         return httpx.Response(failure.status_code, json=body, headers=headers)
 
     def _answer(self, request: httpx.Request, seen: dict[str, Any]) -> httpx.Response:
@@ -276,6 +329,12 @@ class MockGateway:
             return httpx.Response(200, json={"name": "mock", "version": "0", "extensions": ["binary_tensor_data"]})
         if segments[:2] == ["v2", "models"]:
             return self._of_models(request, segments[2:], seen)
+        if segments[:1] == ["v1"]:
+            content = request.read()
+            asked: dict[str, Any] = json.loads(content) if content else {}
+            seen.update(body=asked, model=asked.get("model"))
+            kind, answer = self._text.answer(request.method, "/".join(segments[1:]), asked)
+            return httpx.Response(200, content=answer, headers={"Content-Type": kind})
         if segments[:2] == ["api", "v1"]:
             status, body = self._lifecycle.answer(
                 request.method, segments[2:], dict(request.url.params), request.headers, request.read()
