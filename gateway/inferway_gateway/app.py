@@ -31,6 +31,7 @@ from .core.deployments import Deployer, Follower, process_id
 from .core.encoding import TextEncoder, TextStats
 from .core.errors import GatewayError, StoreUnavailableError
 from .core.execution import Executor
+from .core.generation import GenerationStats
 from .core.guard import TrafficWatch, watch_traffic
 from .core.keys import Authenticator, KeyService
 from .core.managed import ManagedVersions
@@ -50,6 +51,7 @@ from .http.alias_metrics import AliasMetrics
 from .http.application import GatewayApplication, InferRoute
 from .http.budget_metrics import BudgetMetrics
 from .http.elsewhere_metrics import Elsewhere
+from .http.generation_metrics import GenerationMetrics
 from .http.logs import access_log
 from .http.metrics import Metrics
 from .http.openai import chat, encoders
@@ -263,7 +265,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             async def build_language(artifact: Artifact, stats: ModelStats) -> Executor:
                 return await language.open(artifact, stats, approved=True)
 
-            language = LanguageBackend(settings.cpus)
+            language = LanguageBackend(settings.cpus, workers.forks, load_timeout_s=settings.worker_load_timeout_s)
             upstreams: tuple[UpstreamSpec, ...] = ()
             if settings.upstreams is not None:
                 upstreams = await asyncio.to_thread(read_upstreams, settings.upstreams, environment_variable)
@@ -356,8 +358,9 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             metrics.add(Elsewhere(remote.stats, lambda: _pipelines(registry)))
             metrics.add(AliasMetrics(router.aliases))
             metrics.add(TextMetrics(lambda: _encoders(registry)))
+            metrics.add(GenerationMetrics(lambda: _generators(registry)))
             metrics.add(WorkerMetrics(lambda: _worker_sessions(registry), capabilities().missing))
-            workers.on_event = await stack.enter_async_context(_worker_events(catalog))
+            workers.on_event = language.on_event = await stack.enter_async_context(_worker_events(catalog))
             app.begin_drain = registry.begin_drain
             loading = asyncio.create_task(registry.run(), name="inferway-registry")
             stack.push_async_callback(_end, loading)
@@ -425,6 +428,12 @@ def _pipelines(registry: Registry) -> Iterator[tuple[str, int, Mapping[str, Hist
 def _encoders(registry: Registry) -> Iterator[tuple[str, int, TextStats]]:
     for served in registry.served():
         if isinstance(served.text, TextEncoder):
+            yield served.name, served.version, served.text.stats
+
+
+def _generators(registry: Registry) -> Iterator[tuple[str, int, GenerationStats]]:
+    for served in registry.served():
+        if served.text is not None and not isinstance(served.text, TextEncoder):
             yield served.name, served.version, served.text.stats
 
 

@@ -1,4 +1,4 @@
-"""Opening language models."""
+"""Opening language models, in this process or in one of their own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -15,75 +15,43 @@ from ...core.catalog import Footprint
 from ...core.errors import GatewayError, ModelLoadError, ModelRejectedError
 from ...core.model_config import ModelConfig
 from ...core.stats import ModelStats
-from ..footprint import memory_of_machine
 from ..onnx.admission import AdmissionReport, admit
-from .constraints import Grammars
-from .engine import Engine, EngineLimits
+from ..worker.forks import ForkServer
+from .engine import Engine
 from .executor import LanguageExecutor
 from .generator import Generator, on_loop
+from .opening import open_engine, read_vocabulary, usual_kv_bytes
 from .orders import Order, Report
-from .package import Package, parse_object, read_package
-from .runtime import Runtime
-from .text import Vocabulary
+from .package import Package, read_package
+from .process import Plan, ProcessLink
 
 _log = logging.getLogger(__name__)
 
-_USUAL_TOKENS: Final = 16 * 1024
-"""What the memory for keys and values is to hold where nobody says: sixteen answers of a thousand tokens each."""
-_LEAST_TOKENS: Final = 1024
-_MEMORY_SHARE: Final = 4
+_WIDEST: Final = 4
+"""Bytes of a number in keys and values."""
+_LOAD_FLOOR_BYTES: Final = 3 << 30
+_LOAD_RATIO: Final = 6
 
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A package and its engine, which is not started yet."""
-
-    engine: Engine
-    vocabulary: Vocabulary
-    kv_bytes: int
+OnEvent = Callable[[str, Artifact, str], None]
 
 
 def admit_language(path: Path, files: Collection[str] | None = None) -> AdmissionReport:
-    """Look at a language model's files without loading it. Blocks. Raises ``ModelRejectedError``."""
-    from_folder = path if path.is_dir() else path.parent
+    """Look at a language model's files without loading it. Blocks.
+
+    Args:
+        path: of ``genai_config.json``.
+    Raises:
+        ModelRejectedError: a file cannot be read, or asks for what no engine does.
+    """
     try:
-        package = read_package(from_folder, ModelConfig().generation)
+        package = read_package(path.parent, ModelConfig().generation)
     except ModelLoadError as error:
         raise ModelRejectedError(error.message) from None
     return admit(package.model, files=files)
 
 
-def open_engine(package: Package, config: ModelConfig, cpus: int, emit: Callable[[Report], None]) -> Opened:
-    """Load a model. Blocks. Raises ``ModelLoadError``."""
-    try:
-        report = admit(package.model)
-    except ModelRejectedError as error:
-        raise ModelLoadError(error.message) from None
-    vocabulary = read_vocabulary(package)
-    threads = config.session.intra_op_threads or max(cpus // 2, 1)
-    runtime = Runtime(package, report, threads=threads)
-    options = config.generation
-    token_bytes = runtime.layout.token_bytes
-    kv_bytes = options.kv_cache_bytes or usual_kv_bytes(token_bytes)
-    limits = EngineLimits(options.max_sequences, options.max_waiting, options.wait_s, kv_bytes)
-    grammars = Grammars(package.tokenizer, package.ends, package.vocabulary_size)
-    engine = Engine(runtime, vocabulary, grammars, package.ends, limits, package.context_length, emit)
-    return Opened(engine, vocabulary, kv_bytes)
-
-
-def usual_kv_bytes(token_bytes: int) -> int:
-    """Memory for keys and values where no configuration says: ``_USUAL_TOKENS``, or a quarter of the machine's memory
-    where that is less, but ``_LEAST_TOKENS`` at least."""
-    most = memory_of_machine() // _MEMORY_SHARE
-    return max(min(_USUAL_TOKENS * token_bytes, most), _LEAST_TOKENS * token_bytes)
-
-
-def read_vocabulary(package: Package) -> Vocabulary:
-    """Raises ``ModelLoadError``."""
-    try:
-        return Vocabulary(parse_object(package.tokenizer, "tokenizer.json"), package.vocabulary_size)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise ModelLoadError(f"tokenizer.json has the wrong shape: {type(error).__name__}") from None
+def _nothing(kind: str, artifact: Artifact, detail: str) -> None:
+    """Nobody wants to hear of events."""
 
 
 class LocalLink:
@@ -91,6 +59,9 @@ class LocalLink:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+
+    def problem(self) -> str | None:
+        return None
 
     def submit(self, order: Order) -> None:
         self._engine.submit(order)
@@ -107,10 +78,25 @@ class LanguageBackend:
 
     Args:
         cpus: processors that runs may use; None asks the system.
+        forks: starts the processes of models with the isolation ``worker``; None: there are none.
+        on_event: told when such a process dies.
+        load_timeout_s: for opening a model in one.
     """
 
-    def __init__(self, cpus: int | None = None) -> None:
+    def __init__(
+        self,
+        cpus: int | None = None,
+        forks: ForkServer | None = None,
+        *,
+        on_event: OnEvent = _nothing,
+        load_timeout_s: float = 300.0,
+        confine: bool = True,
+    ) -> None:
         self._cpus = cpus or len(os.sched_getaffinity(0))
+        self._forks = forks
+        self.on_event = on_event
+        self._load_timeout_s = load_timeout_s
+        self._confine = confine
 
     async def open(self, artifact: Artifact, stats: ModelStats, *, approved: bool = False) -> LanguageExecutor:
         """Open a model version.
@@ -121,34 +107,81 @@ class LanguageBackend:
         Raises:
             ModelLoadError: with what is wrong with it.
         """
-        name, version, folder, config = artifact.name, artifact.version, artifact.path.parent, artifact.config
+        try:
+            return await self._open(artifact, stats, approved)
+        except GatewayError as error:
+            reason = error.message
+        except OSError as error:
+            reason = error.strerror or "the files cannot be read"
+        raise ModelLoadError(f"failed to load '{artifact.name}' version {artifact.version}: {reason}")
+
+    async def _open(self, artifact: Artifact, stats: ModelStats, approved: bool) -> LanguageExecutor:
+        config, folder = artifact.config, artifact.path.parent
+        package = await asyncio.to_thread(read_package, folder, config.generation)
+        token_bytes = 2 * package.layers * package.kv_heads * package.head_size * _WIDEST
+        options = config.generation
+        kv_bytes = options.kv_cache_bytes
+        if kv_bytes is None:
+            kv_bytes = await asyncio.to_thread(usual_kv_bytes, token_bytes)
+        options = replace(options, kv_cache_bytes=kv_bytes)
+        threads = config.session.intra_op_threads or max(self._cpus // 2, 1)
+        size = await asyncio.to_thread(_size, folder)
+        if config.isolation != "worker":
+            return await self._open_here(package, replace(config, generation=options), threads, size, stats, approved)
+        if self._forks is None:
+            raise ModelLoadError("there are no worker processes here")
+        slots = options.max_sequences * min(package.context_length * token_bytes, kv_bytes)
+        title = f"inferway language {artifact.name}/{artifact.version}"
+        space = _LOAD_FLOOR_BYTES + _LOAD_RATIO * size + slots + 2 * kv_bytes
+        plan = Plan(title, folder, options, threads, space, self._load_timeout_s, self._confine)
+
+        def crashed(detail: str) -> None:
+            self.on_event("worker_crashed", artifact, detail)
+
+        vocabulary = await asyncio.to_thread(read_vocabulary, package)
+        link = ProcessLink(self._forks, plan, crashed)
+        context_length, footprint = await link.open()
+        try:
+            generator = Generator(
+                package,
+                vocabulary,
+                context_length=min(context_length, package.context_length),
+                kv_bytes=kv_bytes,
+                approved=approved,
+                model_stats=stats,
+            )
+        except BaseException:
+            await asyncio.shield(link.close())
+            raise
+        generator.connect(link)
+        link.attend(generator)
+        return LanguageExecutor(generator, stats, footprint)
+
+    async def _open_here(
+        self, package: Package, config: ModelConfig, threads: int, size: int, stats: ModelStats, approved: bool
+    ) -> LanguageExecutor:
         loop = asyncio.get_running_loop()
         holder: list[Generator] = []
 
         def take(report: Report) -> None:
             holder[0].take(report)
 
-        def load() -> tuple[Package, Opened]:
-            package = read_package(folder, config.generation)
-            return package, open_engine(package, config, self._cpus, on_loop(loop, take))
-
-        try:
-            package, opened = await asyncio.to_thread(load)
-            generator = Generator(
-                package,
-                opened.vocabulary,
-                context_length=opened.engine.context_length,
-                kv_bytes=opened.kv_bytes,
-                approved=approved,
-                model_stats=stats,
-            )
-        except GatewayError as error:
-            raise ModelLoadError(f"failed to load '{name}' version {version}: {error.message}") from None
-        except OSError as error:
-            reason = error.strerror or "the files cannot be read"
-            raise ModelLoadError(f"failed to load '{name}' version {version}: {reason}") from None
+        emit = on_loop(loop, take)
+        opened = await asyncio.to_thread(open_engine, package, config.generation, threads, emit)
+        kv_bytes = config.generation.kv_cache_bytes or 0
+        generator = Generator(
+            package,
+            opened.vocabulary,
+            context_length=opened.engine.context_length,
+            kv_bytes=kv_bytes,
+            approved=approved,
+            model_stats=stats,
+        )
         holder.append(generator)
         opened.engine.start()
         generator.connect(LocalLink(opened.engine))
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        return LanguageExecutor(generator, stats, Footprint(size, size + opened.kv_bytes))
+        return LanguageExecutor(generator, stats, Footprint(size, size + kv_bytes))
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

@@ -48,6 +48,10 @@ class Link(Protocol):
 
     def cancel(self, number: int) -> None: ...
 
+    def problem(self) -> str | None:
+        """Why it cannot be asked now, in words; None where it can."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -146,9 +150,10 @@ class Generator:
         prompt = len(request.prompt)
         completion = 0
         before = time.monotonic()
-        over = False
+        over = True  # where it cannot even be submitted
         try:
             self._link.submit(Order(number, request, max_tokens))
+            over = False
             while not over:
                 pieces = [await queue.get()]
                 while not queue.empty():  # a slow reader gets several at once
@@ -281,7 +286,12 @@ class Generator:
 
     def problem(self) -> str | None:
         """Why requests cannot be answered now, in words; None where they can."""
-        return None
+        return None if self._link is None else self._link.problem()
+
+    def end(self) -> None:
+        """The model is unloaded: what is still under way fails. On the event loop."""
+        for number, queue in self._answers.items():
+            queue.put_nowait(Failure.of(number, ShuttingDownError("the model is being unloaded")))
 
     @property
     def busy(self) -> int:

@@ -100,6 +100,11 @@ class WorkerBackend:
     ) -> None:
         self._stack.close()
 
+    @property
+    def forks(self) -> ForkServer:
+        """What starts the processes, for others that need some."""
+        return self._forks
+
     def open(self, artifact: Artifact) -> WorkerSession:
         """Open a model version; blocks for as long as that takes.
 

@@ -26,6 +26,7 @@ from ...core.backend import Artifact, RunHandle
 from ...core.errors import DeadlineExceededError, GatewayError, ModelExecutionError, ModelLoadError
 from ...core.model_config import ModelConfig, WarmupInput
 from ...core.tensors import DTYPES
+from ..language.child import speak
 from ..onnx import extensions
 from ..onnx.backend import OnnxBackend, prepare_process
 from ..onnx.session import Choice, OnnxSession
@@ -71,6 +72,8 @@ class Worker:
             if not message:
                 return 0
             kind = message[0]
+            if kind == messages.SPEAK:
+                return speak(self._control, fds)
             if kind == messages.LOAD:
                 self._load(messages.NUMBER_MESSAGE.unpack(message)[1], fds)
             elif kind == messages.LANE:

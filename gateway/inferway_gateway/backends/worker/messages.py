@@ -38,6 +38,9 @@ WARM: Final = 14
 WARMED: Final = 15
 SET_LIMIT: Final = 16
 
+SPEAK: Final = 17
+"""Become the engine of a language model, see ``backends/language/child.py``; with a stream and the model's folder."""
+
 INPUTS: Final = 20
 OUTPUTS: Final = 21
 RUN: Final = 22

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from inferway_gateway.backends.language.backend import LanguageBackend
+from inferway_gateway.backends.language.executor import LanguageExecutor
 from inferway_gateway.backends.language.generator import Generator
+from inferway_gateway.backends.worker.forks import ForkServer
 from inferway_gateway.core.backend import Artifact
 from inferway_gateway.core.generation import ChosenLogprob, Delta, GenerationRequest, Sampling
 from inferway_gateway.core.model_config import GenerationOptions, ModelConfig
@@ -20,7 +22,7 @@ MODELS = Path(__file__).parents[4] / ".cache" / "inferway-models"
 PROMPT = "The capital of France is"
 GREEDY = Sampling(temperature=0)
 
-OpenModel = Callable[..., Awaitable[Generator]]
+OpenModel = Callable[..., Awaitable[Any]]
 
 
 def folder_of(name: str) -> Path:
@@ -46,9 +48,36 @@ async def open_language() -> AsyncIterator[OpenModel]:
         yield open_one
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def open_isolated(forks: ForkServer) -> AsyncIterator[OpenModel]:
+    """As ``open_language``, in a process of its own. Gives the executor."""
+    async with AsyncExitStack() as stack:
+
+        async def open_one(
+            model: str | Path = "tiny-llm", events: list[str] | None = None, confine: bool = True, **options: Any
+        ) -> LanguageExecutor:
+            folder = folder_of(model) if isinstance(model, str) else model
+            config = ModelConfig(generation=GenerationOptions(**options), isolation="worker")
+            backend = LanguageBackend(2, forks, confine=confine)
+            if events is not None:
+                backend.on_event = lambda kind, artifact, detail: events.append(kind)
+            executor = await backend.open(Artifact("m", 1, folder / "genai_config.json", config), ModelStats())
+            stack.push_async_callback(executor.close)
+            return executor
+
+        yield open_one
+
+
 @pytest.fixture
 async def tiny(open_language: OpenModel) -> Generator:
-    return await open_language()
+    generator: Generator = await open_language()
+    return generator
 
 
 @dataclass

@@ -1,0 +1,104 @@
+"""An engine in a process of its own: the same answers, and its death is nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from inferway_gateway.backends.language.generator import Generator
+from inferway_gateway.backends.language.process import ProcessLink
+from inferway_gateway.core.errors import ModelLoadError, ModelNotReadyError, WorkerCrashedError
+from inferway_gateway.core.generation import Constraint, GenerationParameterError, Sampling
+
+from .conftest import OpenModel, ask, folder_of, until
+
+
+def link_of(generator: Generator) -> ProcessLink:
+    link = generator._link
+    assert isinstance(link, ProcessLink)
+    return link
+
+
+def lives(pid: int | None) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+async def test_answers_are_those_of_an_engine_in_the_gateway(open_isolated: OpenModel, tiny: Generator) -> None:
+    isolated = (await open_isolated()).generator
+    for members in (
+        {},
+        {"logprobs": 2},
+        {"sampling": Sampling(temperature=1.0, seed=7, logit_bias={5: 1.5})},
+        {"stop": ("att",)},
+        {"constraint": Constraint("choice", '["yes", "no"]')},
+    ):
+        here, there = await ask(tiny, **members), await ask(isolated, **members)
+        assert (there.tokens, there.text, there.logprobs) == (here.tokens, here.text, here.logprobs)
+        assert (there.last.finish_reason, there.last.usage) == (here.last.finish_reason, here.last.usage)
+    with pytest.raises(GenerationParameterError) as caught:
+        await ask(isolated, constraint=Constraint("regex", "(a"))
+    assert caught.value.param == "guided_regex"
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL], ids=["crash", "kill"])
+async def test_a_process_that_dies_ends_its_streams_and_is_started_again(
+    open_isolated: OpenModel, tiny: Generator, number: int
+) -> None:
+    events: list[str] = []
+    executor = await open_isolated(events=events)
+    generator, expected = executor.generator, await ask(tiny)
+    first = link_of(generator).pid
+    assert first is not None
+    streams = [asyncio.create_task(ask(generator, max_tokens=1900, ignore_end=True)) for _ in range(3)]
+    elsewhere = asyncio.create_task(ask(tiny, max_tokens=500, ignore_end=True))
+    await until(lambda: generator.stats.running == 3)
+    os.kill(first, number)
+    for outcome in await asyncio.gather(*streams, return_exceptions=True):
+        assert isinstance(outcome, WorkerCrashedError)
+    assert executor.problem() is not None
+    with pytest.raises(ModelNotReadyError):
+        await ask(generator, (1, 2))
+    assert len((await elsewhere).tokens) == 500
+    await until(lambda: executor.problem() is None)
+    assert link_of(generator).pid != first
+    assert (await ask(generator)).tokens == expected.tokens
+    assert events == ["worker_crashed"]
+
+
+async def test_a_process_ends_with_its_model(open_isolated: OpenModel) -> None:
+    executor = await open_isolated()
+    pid = link_of(executor.generator).pid
+    assert lives(pid)
+    going_on = asyncio.create_task(ask(executor.generator, max_tokens=1900, ignore_end=True))
+    await until(lambda: executor.generator.stats.running == 1)
+    await executor.close()
+    assert not lives(pid)
+    with pytest.raises(Exception, match="unloaded"):
+        await going_on
+
+
+async def test_a_stream_that_is_left_frees_its_slot_in_the_process(open_isolated: OpenModel) -> None:
+    generator = (await open_isolated()).generator
+    stream = asyncio.create_task(ask(generator, max_tokens=1900, ignore_end=True))
+    await until(lambda: generator.stats.running == 1)
+    stream.cancel()
+    await asyncio.wait((stream,))
+    await until(lambda: generator.stats.freed_after_steps.count == 1)
+    assert sum(generator.stats.freed_after_steps.counts[:3]) == 1
+    assert generator.stats.kv_bytes < 1900 * 256
+
+
+async def test_what_the_process_refuses_is_told(open_isolated: OpenModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of("tiny-llm"), folder)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["head_size"] = 32
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match=r"expected \[batch, 2, tokens, 32\]"):
+        await open_isolated(folder)
