@@ -16,12 +16,14 @@ from inferway_gateway.__main__ import _parser
 from inferway_gateway.core.budget import MemoryBudget
 from inferway_gateway.core.catalog import AliasRecord, AliasSpec, Shadow
 from inferway_gateway.core.encoding import TextStats
+from inferway_gateway.core.generation import GenerationStats
 from inferway_gateway.core.routing import Router
 from inferway_gateway.core.stats import Histogram, ModelStats
 from inferway_gateway.core.upstream import EndpointStats, UpstreamStats
 from inferway_gateway.http.alias_metrics import AliasMetrics
 from inferway_gateway.http.budget_metrics import BudgetMetrics
 from inferway_gateway.http.elsewhere_metrics import Elsewhere
+from inferway_gateway.http.generation_metrics import GenerationMetrics
 from inferway_gateway.http.metrics import Metrics
 from inferway_gateway.http.text_metrics import TextMetrics
 from inferway_gateway.server.policy import EdgeStats
@@ -109,6 +111,7 @@ def metrics(prefix: str) -> str:
     upstream = UpstreamStats("other", [EndpointStats("other.example:8000")])
     shown.add(Elsewhere(lambda: [upstream], lambda: [("inch-iris", 1, {"classify": Histogram()})]))
     shown.add(BudgetMetrics(MemoryBudget(1)))
+    shown.add(GenerationMetrics(lambda: [("tiny-llm", 1, GenerationStats())]))
     shown.add(TextMetrics(lambda: [("sentences", 1, TextStats())]))
     text, _ = shown.render("")
     rows = []

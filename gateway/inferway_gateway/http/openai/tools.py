@@ -32,6 +32,11 @@ whole."""
 _MOST_CALL_CHARACTERS: Final = 1 << 20
 _NO_ARGUMENTS: Final[dict[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
 
+_LITERAL: Final = frozenset({"const", "enum", "default", "examples", "required"})
+"""Members of a schema that hold values, and no schemas."""
+_NAMED: Final = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+"""Members of a schema that hold schemas by names of somebody's choice."""
+
 Choice = Literal["none", "auto", "forced"]
 
 
@@ -77,6 +82,8 @@ class Tools:
             _hoist(call["properties"]["arguments"], definitions)
         if definitions:
             schema["$defs"] = definitions
+        # Space between members says nothing, and a model that begins with it may not end.
+        schema["x-guidance"] = {"whitespace_flexible": False}
         return Constraint("json_schema", json.dumps(schema))
 
 
@@ -120,7 +127,26 @@ def _plain(tool: contract.FunctionTool) -> dict[str, Any]:
 def _schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
     if not parameters or (parameters.get("type") in (None, "object") and not parameters.get("properties")):
         return dict(parameters) if parameters and len(parameters) > 2 else dict(_NO_ARGUMENTS)
-    return {"type": "object", **parameters}
+    schema: dict[str, Any] = _closed({"type": "object", **parameters})
+    return schema
+
+
+def _closed(node: Any) -> Any:
+    """A schema whose objects have the members that it names and no others: a function has no use for an argument that
+    nobody wrote down, and a small model has no end of ideas."""
+    if isinstance(node, list):
+        return [_closed(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    closed: dict[str, Any] = {}
+    for name, member in node.items():
+        if name in _NAMED and isinstance(member, dict):
+            closed[name] = {key: _closed(schema) for key, schema in member.items()}
+        else:
+            closed[name] = member if name in _LITERAL else _closed(member)
+    if isinstance(closed.get("properties"), dict) and closed.get("type", "object") == "object":
+        closed.setdefault("additionalProperties", False)
+    return closed
 
 
 def _hoist(schema: dict[str, Any], definitions: dict[str, Any]) -> None:
