@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import urlencode
 
 from inferway_contract import names
@@ -17,6 +18,26 @@ if TYPE_CHECKING:
 
 Weights: TypeAlias = "int | Mapping[int, float]"
 """A version that gets all requests, or versions with their percents, which sum to 100."""
+
+
+def plain(what: str, members: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A mapping as JSON has it; the numbers and arrays of numpy, such as a score that was measured, as numbers.
+
+    Raises:
+        ConfigurationError: it holds something else. Said here, it is said before a model is sent.
+    """
+    try:
+        text = json.dumps(dict(members or {}), default=_plain_value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{what} can hold what JSON has, and numpy's numbers: {error}") from error
+    return cast(dict[str, Any], json.loads(text))
+
+
+def _plain_value(value: object) -> object:
+    listed: Callable[[], object] | None = getattr(value, "tolist", None)
+    if listed is None:
+        raise TypeError(f"{value!r:.100} is of type {type(value).__name__}")
+    return listed()
 
 
 def reader(name: str, member: str | None = None, *, many: bool = False) -> Callable[[Reply], Any]:
@@ -129,9 +150,9 @@ def update_call(
 ) -> Call[ModelVersion]:
     body: dict[str, Any] = {}
     if labels is not None:
-        body["labels"] = dict(labels)
+        body["labels"] = plain("labels", labels)
     if metadata is not None:
-        body["metadata"] = dict(metadata)
+        body["metadata"] = plain("metadata", metadata)
     if pinned is not None:
         body["pinned"] = pinned
     if not body:

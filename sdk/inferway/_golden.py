@@ -50,14 +50,25 @@ def golden_json(golden: Golden, signature: ModelMetadata | None) -> bytes:
             raise ConfigurationError(
                 f"golden expects pairs (inputs, outputs), example {number} is {type(pair).__name__}"
             )
+        side = "input"
         try:
-            inputs, outputs = _tensors(takes, pair[0]), _tensors(gives, pair[1])
+            inputs, side = _tensors(takes, pair[0]), "output"
+            outputs = _tensors(gives, pair[1])
         except InvalidInputError as error:
-            raise InvalidInputError(f"golden example {number}: {error}", tensor=error.tensor) from error
+            words = str(error) if side == "input" else _of_outputs(str(error))
+            raise InvalidInputError(f"golden example {number}: {words}", tensor=error.tensor) from error
         if not outputs:
             raise InvalidInputError(f"golden example {number}: expected at least one output")
         examples.append({"inputs": inputs, "outputs": outputs})
     return json.dumps({"examples": examples}, separators=(",", ":"), allow_nan=True).encode()
+
+
+def _of_outputs(words: str) -> str:
+    """What is said of inputs, said of outputs: see ``gives``. Only the words before a caller's values are changed."""
+    for said, meant in (("' is no input of", "' is no output of"), ("expects the inputs", "expects the outputs")):
+        if said in words:
+            return words.replace(said, meant, 1)
+    return "output" + words.removeprefix("input") if words.startswith("input '") else words
 
 
 def _written(path: Path) -> bytes:

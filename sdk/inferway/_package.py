@@ -259,7 +259,9 @@ def _facts(data: Any, what: str) -> OnnxFacts:
     try:
         return read_facts(data)
     except NotOnnx as error:
-        raise ConfigurationError(f"{what} cannot be read as an ONNX model: {error}") from error
+        raise ConfigurationError(
+            f"{what} cannot be read as an ONNX model: {error}; a model of another framework is exported to ONNX first"
+        ) from error
 
 
 # --- folders -----------------------------------------------------------------------------------------------------

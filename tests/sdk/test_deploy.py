@@ -181,7 +181,14 @@ async def test_a_callers_own_http_client_streams_too(side: Side, gateway: FakeLi
         ({"name": "churn", "golden": []}, "a list of pairs"),
         ({"name": "churn", "golden": [[1]]}, "example 1 is list"),
         ({"name": "churn", "golden": [({"z": 1}, {"y": 1})]}, "golden example 1: 'z' is no input"),
-        ({"name": "churn", "golden": [([[0.0] * 16], {"z": 1})]}, "golden example 1: 'z' is no input"),
+        (
+            {"name": "churn", "golden": [([[0.0] * 16], {"z": 1})]},
+            "golden example 1: 'z' is no output of the model, expected 'y'",
+        ),
+        ({"name": "churn", "golden": [([[0.0] * 16], {"y": [["a"]]})]}, "golden example 1: output 'y'"),
+        ({"name": "churn", "metadata": {"auc": object()}}, "metadata can hold what JSON has, .* is of type object"),
+        ({"name": "churn", "metadata": {"auc": float("nan")}}, "metadata can hold what JSON has"),
+        ({"name": "churn", "config": {"instances": {1, 2}}}, "config can hold what JSON has, .* is of type set"),
         ({"name": "churn", "timeout": -1}, "positive"),
     ],
 )
@@ -191,6 +198,15 @@ async def test_arguments_are_checked_before_anything_is_sent(
     with pytest.raises(ValueError, match=words):
         await side(lambda: client.models.deploy(MODEL, **arguments))
     assert gateway.server.seen == []
+
+
+async def test_scores_of_numpy_are_kept_as_numbers(side: Side, client: Any, gateway: FakeLifecycle) -> None:
+    scores = {"auc": np.float64(0.75), "seen": np.int64(3), "by_kind": np.array([0.5, 1.0]), "split": {"test": 0.2}}
+    done = await side(lambda: client.models.deploy(MODEL, name="churn", metadata=scores))
+    assert done.state == "succeeded"
+    [created] = [seen for seen in gateway.server.seen if seen.path.endswith("/versions") and seen.method == "POST"]
+    kept = {"auc": 0.75, "seen": 3, "by_kind": [0.5, 1.0], "split": {"test": 0.2}}
+    assert json.loads(created.body)["metadata"] == kept
 
 
 # --- uploads that break ------------------------------------------------------------------------------------------

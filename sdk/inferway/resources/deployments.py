@@ -23,6 +23,7 @@ from .._calls import (
     checked_version,
     create_call,
     deployment_call,
+    plain,
     version_call,
 )
 from .._core import Plan, refuse_awaitable
@@ -396,9 +397,9 @@ class Job:
         self._options: RequestOptions = {"timeout": DEPLOY_TIMEOUT_S, **options}
         self._body: dict[str, Any] = {
             "alias": None if alias is None else checked_alias(alias),
-            "labels": dict(labels or {}),
-            "metadata": dict(metadata or {}),
-            "config": _config(config, batching, instances),
+            "labels": plain("labels", labels),
+            "metadata": plain("metadata", metadata),
+            "config": plain("config", _config(config, batching, instances)),
             "pinned": pinned,
         }
         if self.version is not None:
