@@ -105,6 +105,24 @@ def logits(classes: int) -> bytes:
     )
 
 
+def strings() -> bytes:
+    """Texts themselves to vectors: ``text`` BYTES ``[n]`` to ``vector`` FP32 ``[n, 2]``, whose numbers are 1 and 10
+    times the number of the word, 0 for what is no word."""
+    nodes = [
+        node("LabelEncoder", ["text"], ["number"], domain="ai.onnx.ml", keys_strings=list(WORDS),
+             values_floats=[float(i) for i in range(len(WORDS))], default_float=0.0),
+        node("Unsqueeze", ["number", "last"], ["column"]),
+        node("Mul", ["column", "both"], ["vector"]),
+    ]  # fmt: skip
+    return models.model(
+        nodes,
+        [value("text", models.ELEMENT_TYPES["BYTES"], ["batch"])],
+        [value("vector", F32, ["batch", 2])],
+        {"last": np.array([-1]), "both": np.array([[1.0, 10.0]], np.float32)},
+        {"ai.onnx.ml": 3},
+    )
+
+
 def toml(**tables: dict[str, Any]) -> bytes:
     lines = []
     for name, members in tables.items():

@@ -14,8 +14,7 @@ wrong.
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from .backend import Artifact
 from .batcher import InferenceRequest
+from .batching import pieces
 from .errors import ContextLengthError, DeadlineExceededError, InvalidParameterError, ModelExecutionError
 from .execution import Executor
 from .generation import LongText, Ranking
@@ -47,6 +47,8 @@ _LONG_CHARACTERS: Final = 20_000
 """Longer texts have a thread of their own, so that short ones do not wait behind them."""
 _PART_ROWS: Final = 8
 _PARTS_AT_ONCE: Final = 32
+_BREATH: Final = 64
+"""Texts of one request, after which the loop looks at what else there is to do."""
 _UNIT: Final = 1e-3
 """A vector whose length differs from 1 by less was normalised by the graph, and is again after it was cut."""
 
@@ -332,16 +334,17 @@ class TextEncoder:
         rows: list[_Row] = []
         most = spec.max_tokens - template.tokens
         for index, text in enumerate(inputs):
-            if isinstance(text, str):
-                ids = np.asarray(next(found), np.int64)
-            else:
-                ids = _checked(text, vocabulary, param(index))
-                ids = _unwrapped(ids, template)
-            short = ids.size <= most
-            pieces = [ids] if short else list(self._shorten(ids, most, template.tokens, param(index)))
-            rows += (self._row(index, piece, template) for piece in pieces)
+            ids = next(found) if isinstance(text, str) else _unwrapped(text, template)
+            # Looked at before it becomes an array: a megabyte that is refused costs the loop nothing.
+            parts = [ids] if len(ids) <= most else self._shorten(ids, most, template.tokens, param(index))
+            for piece in parts:
+                if not isinstance(text, str):
+                    _check_range(piece, vocabulary, param(index))
+                rows.append(self._row(index, piece, template))
             if not rows[-1].ids.size:
                 raise InvalidParameterError(f"expected '{param(index)}' to have tokens, it has none", param(index))
+            if index % _BREATH == _BREATH - 1:
+                await asyncio.sleep(0)
         self.stats.texts += len(inputs)
         return rows
 
@@ -354,27 +357,26 @@ class TextEncoder:
         self.stats.texts += len(inputs)
         return [_Row(index, np.asarray([text], object)) for index, text in enumerate(inputs)]
 
-    def _shorten(self, ids: NDArray[np.int64], most: int, around: int, param: str) -> Iterator[NDArray[np.int64]]:
+    def _shorten(self, ids: Sequence[int], most: int, around: int, param: str) -> list[Sequence[int]]:
         policy = self.spec.long_text
         if policy == "error":
             raise ContextLengthError(
-                f"expected at most {self.spec.max_tokens} tokens in '{param}', got {ids.size + around}", param
+                f"expected at most {self.spec.max_tokens} tokens in '{param}', got {len(ids) + around}", param
             )
         if policy == "truncate":
             self.stats.truncated += 1
-            yield ids[:most]
-            return
+            return [ids[:most]]
         self.stats.chunked += 1
         # Parts as equal as can be: a last one of two tokens would say little and cost a run of its own length.
-        yield from np.array_split(ids, math.ceil(ids.size / most))
+        return [ids[start:end] for start, end in pieces(len(ids), most)]
 
-    def _row(self, index: int, ids: NDArray[np.int64], template: Template) -> _Row:
-        whole = np.concatenate((template.before, ids, template.after)).astype(np.int64)
+    def _row(self, index: int, ids: Sequence[int], template: Template) -> _Row:
+        whole = np.asarray((*template.before, *ids, *template.after), np.int64)
         types = None
         if any(template.types):
             first, text, _, _, last = template.types
-            types = np.repeat([first, text, last], [len(template.before), ids.size, len(template.after)])
-        return _Row(index, whole, types, weight=max(1, ids.size))
+            types = np.repeat([first, text, last], [len(template.before), len(ids), len(template.after)])
+        return _Row(index, whole, types, weight=max(1, len(ids)))
 
     async def _pairs(self, query: str, documents: Sequence[str], deadline: float | None) -> list[_Row]:
         for index, text in enumerate((query, *documents)):
@@ -536,25 +538,28 @@ def string_spec(signature: Signature) -> TextSpec | None:
 
 def activated(logits: Vectors, how: Activation) -> Vectors:
     """Scores of logits, FP32 [n, c], along the last axis."""
-    if how == "none":
-        return logits
+    scores = logits
     if how == "sigmoid":
-        # By the half that does not overflow.
-        small = np.exp(-np.abs(logits))
-        scores: Vectors = np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
-        return scores
-    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    raised /= raised.sum(axis=-1, keepdims=True)
-    return raised.astype(np.float32, copy=False)
+        small = np.exp(-np.abs(logits))  # by the half that does not overflow
+        scores = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+    elif how == "softmax":
+        raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        scores = raised / raised.sum(axis=-1, keepdims=True)
+    return scores.astype(np.float32, copy=False)
 
 
 def _pooled(tokens: Vectors, how: Pooling) -> Vectors:
     """One vector of those of a row's tokens, [length, width]."""
+    pooled: Vectors
     if how == "cls":
-        return tokens[0]
-    if how == "last":
-        return tokens[-1]
-    return tokens.max(axis=0) if how == "max" else tokens.mean(axis=0, dtype=np.float32)
+        pooled = tokens[0]
+    elif how == "last":
+        pooled = tokens[-1]
+    elif how == "max":
+        pooled = tokens.max(axis=0)
+    else:
+        pooled = tokens.mean(axis=0, dtype=np.float32)
+    return pooled
 
 
 def _normalised(vectors: Vectors) -> Vectors:
@@ -571,21 +576,19 @@ def _rerank_field(index: int) -> str:
     return "query" if index == 0 else f"documents[{index - 1}]"
 
 
-def _checked(ids: Sequence[int], vocabulary: int, param: str) -> NDArray[np.int64]:
-    for position, token in enumerate(ids):
-        if not 0 <= token < vocabulary:
-            raise InvalidParameterError(
-                f"expected token ids from 0 to {vocabulary - 1} in '{param}', got {str(token)[:24]} at position "
-                f"{position}",
-                param,
-            )
-    return np.asarray(ids, np.int64)
+def _check_range(ids: Sequence[int], vocabulary: int, param: str) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        position, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocabulary)
+        raise InvalidParameterError(
+            f"expected token ids from 0 to {vocabulary - 1} in '{param}', got {str(token)[:24]} at position {position}",
+            param,
+        )
 
 
-def _unwrapped(ids: NDArray[np.int64], template: Template) -> NDArray[np.int64]:
+def _unwrapped(ids: Sequence[int], template: Template) -> Sequence[int]:
     """Token ids without the special ones around them, where the caller put them there."""
     before, after = len(template.before), len(template.after)
-    end = ids.size - after
+    end = len(ids) - after
     if template.tokens and end >= before and (*ids[:before], *ids[end:]) == (*template.before, *template.after):
         return ids[before:end]
     return ids
@@ -601,6 +604,7 @@ async def _limited(jobs: Sequence[Callable[[], Awaitable[None]]], most: int) -> 
     async def work() -> None:
         for job in waiting:
             await job()
+            await asyncio.sleep(0)  # short runs happen on the loop, and others want their turn
 
     tasks = [asyncio.ensure_future(work()) for _ in range(min(most, len(jobs)))]
     try:

@@ -38,6 +38,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
             "rank": files(text_models.scorer(1, task="rerank", activation="none")),
             "label": files(text_models.scorer(3, task="classify", labels=["a", "b", "c"])),
             "plain": models.add_one(),
+            "strings": text_models.strings(),
             "isolated": files(
                 {
                     **text_models.embedder(),
@@ -91,6 +92,25 @@ def test_dimensions_and_prompts(texts: LiveGateway) -> None:
     status, answer, _ = post(texts, "embeddings", model="embed", input="w1", dimensions=3, input_type="query")
     assert status == 200, answer
     assert_allclose(answer["data"][0]["embedding"], mean(9, 1)[:3], atol=1e-6)
+
+
+def test_a_model_or_a_pipeline_that_takes_texts_themselves_embeds(texts: LiveGateway) -> None:
+    steps = b"""
+    [[steps]]
+    name = "read"
+    model = "strings"
+    inputs = { text = "text" }
+
+    [outputs]
+    vector = "read.vector"
+    """
+    deploy(texts, "piped", {"pipeline.toml": steps}, alias="stable")
+    for model in ("strings", "piped"):
+        status, answer, _ = post(texts, "embeddings", model=model, input=["w1", "nothing", "w2"])
+        assert status == 200, answer
+        assert [entry["embedding"] for entry in answer["data"]] == [[5, 50], [0, 0], [6, 60]]
+        status, answer, _ = post(texts, "embeddings", model=model, input=[1, 2])
+        assert (status, answer["error"]["param"]) == (400, "input")
 
 
 @pytest.mark.parametrize(
