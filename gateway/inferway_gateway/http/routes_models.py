@@ -217,7 +217,7 @@ async def _check_steps(request: Request, files: Iterable[FileRef]) -> None:
     try:
         with await asyncio.to_thread(path.open, "rb") as stream:
             text = (await asyncio.to_thread(stream.read, MAX_CONFIG_BYTES)).decode()
-        pipeline = parse_pipeline(text)
+        pipeline = await asyncio.to_thread(parse_pipeline, text)
     except (ConfigError, UnicodeDecodeError) as error:
         raise ModelRejectedError(f"{PIPELINE_FILE}: {error}") from None
     for step in pipeline.steps:

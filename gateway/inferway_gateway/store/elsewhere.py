@@ -11,7 +11,6 @@ Like ``inferway.toml`` both are strict: a member that is not known is an error t
 from __future__ import annotations
 
 import re
-import tomllib
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from ..core.pipeline import MAX_STEPS, PipelineSpec, StepSpec, StepTarget
 from ..core.tensors import DTYPES, MAX_RANK, TensorSpec
 from ..core.upstream import Operation, RemoteSpec
+from .toml_text import parse_toml
 from .triton_config import ConfigError
 
 REMOTE_FILE: Final = "remote.toml"
@@ -176,9 +176,7 @@ def parse_step_target(text: str) -> StepTarget:
 
 def _validated(kind: type[_Options], text: str) -> _Options:
     try:
-        return kind.model_validate(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"not TOML: {error}") from None
+        return kind.model_validate(parse_toml(text))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(detail) for detail in error.errors(include_url=False))) from None
 

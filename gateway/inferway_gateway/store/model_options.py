@@ -6,7 +6,6 @@ wrong and silently has no effect is found in production.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from ..core.model_config import ModelConfig, PaddingAxis, TextOptions
+from .toml_text import parse_toml
 from .triton_config import ConfigError
 
 Axis = Annotated[int, Field(ge=1, le=31)]
@@ -192,14 +192,6 @@ def parse_options(text: str) -> ModelOptions:
         ConfigError: the text is not TOML, or a member is unknown or has a wrong type or value; names the member.
     """
     return validate_options(parse_toml(text))
-
-
-def parse_toml(text: str) -> dict[str, Any]:
-    """The members of a TOML file. Raises ``ConfigError``."""
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"not TOML: {error}") from None
 
 
 def validate_options(members: Mapping[str, Any]) -> ModelOptions:

@@ -19,8 +19,9 @@ from ..core.pipeline import PipelineSpec
 from ..core.upstream import RemoteSpec
 from . import triton_config
 from .elsewhere import ENSEMBLE_FILE, ensemble_pipeline, parse_pipeline, parse_remote
-from .model_options import apply_options, merge_options, parse_toml, validate_options
+from .model_options import apply_options, merge_options, validate_options
 from .repository import DEFAULT_FILE, ModelFolder, read_message
+from .toml_text import parse_toml
 from .triton_config import MAX_CONFIG_BYTES, ConfigError
 
 PIPELINE_FILE: Final = "pipeline.toml"
