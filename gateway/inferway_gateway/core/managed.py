@@ -267,7 +267,7 @@ class ManagedVersions:
     def _unready(self, found: _Version, wait_s: float) -> ModelNotReadyError:
         name, version = found.key
         return ModelNotReadyError(
-            f"Request for unready model: '{name}' version {version} is {found.status.lower()}, {found.reason}",
+            f"Request for unready model: '{name}' version {version} is not ready: {found.reason}",
             retry_after_s=wait_s,
         )
 

@@ -211,7 +211,7 @@ async def test_what_cannot_be_loaded_is_not_tried_at_every_request(tmp_path: Pat
         scene.add("m")
         scene.opener.fails = error
         for _ in range(3):
-            with pytest.raises(ModelNotReadyError, match=r"version 1 is failed, (it is broken|failed to load)"):
+            with pytest.raises(ModelNotReadyError, match=r"version 1 is not ready: (it is broken|failed to load)"):
                 await scene.registry.acquire("m")
         assert len(scene.opener.opened) == 1
         assert scene.status("m") == "FAILED"

@@ -505,7 +505,7 @@ def _judge_rows(loader: _Loader, runner: Runner, sample: Sample | None) -> tuple
     if sample is None:
         # Whoever wrote max_batch_size knows that rows are rows; that they do not depend on each other stays unproved.
         return ("inexact", True, "") if layout.vouched else ("unbatched", False, "")
-    exactness, note = probe_rows(runner, sample)
+    exactness, note = probe_rows(runner, sample, loader.artifact.config.max_batch_size or None)
     if exactness == "unbatched":
         return exactness, False, f"not batched: {note}"
     if exactness != "inexact" and (found := loader.facts.operators & DYNAMIC_QUANTISATION):

@@ -39,6 +39,7 @@ Results = list[NDArray[Any]]
 
 _PROBE_BATCHES: Final = ((0, 2), (1, 0), (2, 0), (0, 1, 2))
 """With (0, 1) before them: row 0 in front of and behind two different mates, each row at several places."""
+_SMALL: Final = max(map(len, _PROBE_BATCHES))
 _LARGE_BATCHES: Final = (8, 33)
 """Sizes that cross the tiles of matrix kernels, with the same three rows at every place; tried while they are cheap."""
 _LARGE_BATCH_S: Final = 0.25
@@ -161,15 +162,20 @@ def find_sample(runner: Runner, warmups: Sequence[Warmup], bounded: bool, budget
     return None, f"no input was found on which it runs: {reason}"
 
 
-def probe_rows(runner: Runner, sample: Sample) -> tuple[RowExactness, str]:
-    """How a row's result depends on the rows that run with it, and why where it does."""
+def probe_rows(runner: Runner, sample: Sample, most_rows: int | None = None) -> tuple[RowExactness, str]:
+    """How a row's result depends on the rows that run with it, and why where it does.
+
+    Args:
+        most_rows: that a batch is ever given; no larger one is tried, for the memory that it takes is kept for good.
+    """
     if not sample.has_different_rows():
         return "inexact", "no two different rows were found on which the model runs"
-    verdict, note = _probe_at(runner, sample, thorough=True)
+    sizes = _LARGE_BATCHES if most_rows is None else tuple(min(size, most_rows) for size in _LARGE_BATCHES)
+    verdict, note = _probe_at(runner, sample, sorted({size for size in sizes if size > _SMALL}))
     for other in _others(runner, sample):
         if verdict not in ("exact", "padded"):
             break
-        again, why = _probe_at(runner, other, thorough=False)
+        again, why = _probe_at(runner, other, ())
         if again != "exact":
             verdict, note = again, why
     return verdict, note
@@ -193,7 +199,7 @@ def _others(runner: Runner, sample: Sample) -> Iterator[Sample]:
         yield other
 
 
-def _probe_at(runner: Runner, sample: Sample, thorough: bool) -> tuple[RowExactness, str]:
+def _probe_at(runner: Runner, sample: Sample, sizes: Sequence[int]) -> tuple[RowExactness, str]:
     try:
         first = runner.run(sample.batch([0, 1]))
         for spec, result in zip(sample.signature.outputs, first, strict=True):
@@ -204,14 +210,15 @@ def _probe_at(runner: Runner, sample: Sample, thorough: bool) -> tuple[RowExactn
         started = time.perf_counter()
         alone = {row: runner.run(sample.batch([row])) for row in (0, 1, 2)}
         row_s = (time.perf_counter() - started) / 3
-        batches = list(_PROBE_BATCHES)
-        if thorough:
-            elements = sample.count_elements()
-            batches += [
+        elements = sample.count_elements()
+        batches = [
+            *_PROBE_BATCHES,
+            *(
                 tuple(i % 3 for i in range(size))
-                for size in _LARGE_BATCHES
+                for size in sizes
                 if size * row_s < _LARGE_BATCH_S and size * elements <= _MAX_COST_ELEMENTS
-            ]
+            ),
+        ]
         return _compare(alone, [((0, 1), first), *((rows, runner.run(sample.batch(rows))) for rows in batches)])
     except DeadlineExceededError:
         return "unbatched", "a run of two rows did not end in time"

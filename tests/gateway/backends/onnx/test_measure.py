@@ -158,6 +158,20 @@ def test_a_dependence_that_only_large_batches_show_is_found() -> None:
     assert probe_computed(compute)[0] == "inexact"
 
 
+@pytest.mark.parametrize(("most_rows", "largest"), [(None, 33), (64, 33), (12, 12), (8, 8), (1, 3)])
+def test_no_batch_is_tried_that_is_never_run(most_rows: int | None, largest: int) -> None:
+    seen: list[int] = []
+
+    def compute(inputs: Arrays) -> list[NDArray[Any]]:
+        seen.append(len(inputs["x"]))
+        return [inputs["x"]]
+
+    with Watchdog(5.0) as watchdog:
+        sample = Sample(ROWS, "plain", 4, {}, {})
+        assert probe_rows(Runner(ComputedSession(ROWS, compute), watchdog), sample, most_rows)[0] == "exact"
+    assert max(seen) == largest
+
+
 def test_equal_rows_prove_nothing() -> None:
     sample = Sample(ROWS, "zero", 4, {}, {})
     with Watchdog(5.0) as watchdog:
