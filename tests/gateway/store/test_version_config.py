@@ -50,6 +50,7 @@ def laid_out(
     [
         (["model.onnx", "weights.bin"], "onnx"),
         (["other.onnx", "inferway.toml"], "onnx"),
+        (["genai_config.json", "decoder.onnx", "tokenizer.json"], "language"),
         (["pipeline.toml"], "pipeline"),
         (["remote.toml", "golden.json"], "remote"),
     ],

@@ -83,7 +83,7 @@ class Grammars:
         matcher = library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise GenerationParameterError(f"the grammar cannot be used: {_first_line(matcher.get_error())}", param)
-        found = Matcher(matcher, self._size, self._ends)
+        found = Matcher(matcher, self._size, self._ends, param)
         if not found.possible():
             raise GenerationParameterError("no answer can meet the grammar", param)
         return found
@@ -102,7 +102,8 @@ def _library() -> Any:
 class Matcher:
     """Where one answer is in its grammar."""
 
-    def __init__(self, matcher: Any, size: int, ends: Collection[int]) -> None:
+    def __init__(self, matcher: Any, size: int, ends: Collection[int], param: str) -> None:
+        self._param = param
         self._matcher = matcher
         self._numpy = importlib.import_module("llguidance.numpy")
         self._mask = self._numpy.allocate_token_bitmask(1, size)
@@ -135,7 +136,7 @@ class Matcher:
 
     def _gave_up(self) -> GenerationParameterError:
         return GenerationParameterError(
-            f"the grammar cannot be followed any further: {_first_line(self._matcher.get_error())}", "response_format"
+            f"the grammar cannot be followed any further: {_first_line(self._matcher.get_error())}", self._param
         )
 
 

@@ -1,0 +1,96 @@
+"""Answers that have to fit a grammar, and grammars that cannot be used."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+import pytest
+
+from inferway_gateway.backends.language.generator import Generator
+from inferway_gateway.core.generation import Constraint, GenerationParameterError, Sampling
+
+from .conftest import PROMPT, OpenModel, ask
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "maximum": 120, "minimum": 0},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TREE = {
+    "type": "object",
+    "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#"}},
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("model", ["tiny-llm", "smollm2"])
+async def test_answers_are_sentences_of_the_language(open_language: OpenModel, model: str) -> None:
+    generator = await open_language(model)
+    schema, regex, choice = await asyncio.gather(
+        ask(generator, PROMPT, 120, constraint=Constraint("json_schema", json.dumps(PERSON))),
+        ask(generator, PROMPT, 20, constraint=Constraint("regex", r"[0-9]{3}-[a-f]{2}")),
+        ask(generator, PROMPT, 20, constraint=Constraint("choice", '["Paris", "Rome \\"eternal\\"", "北京"]')),
+    )
+    found = json.loads(schema.text)
+    assert set(found) == {"name", "age"}
+    assert 0 <= found["age"] <= 120
+    assert re.fullmatch(r"[0-9]{3}-[a-f]{2}", regex.text)
+    assert choice.text in {"Paris", 'Rome "eternal"', "北京"}
+    assert {whole.last.finish_reason for whole in (schema, regex, choice)} == {"stop"}
+
+
+async def test_sampled_answers_fit_too_and_a_grammar_of_ones_own_can_be_given(tiny: Generator) -> None:
+    drawn = Sampling(temperature=2.0, seed=3)
+    whole = await ask(tiny, PROMPT, 10, sampling=drawn, constraint=Constraint("lark", 'start: "a" ("b" | "c")+ "d"'))
+    assert re.fullmatch("a[bc]+d?", whole.text)
+    objects = await ask(tiny, PROMPT, 60, sampling=drawn, constraint=Constraint("json_object"))
+    assert objects.text.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "param"),
+    [
+        (Constraint("regex", "(a"), "guided_regex"),
+        (Constraint("regex", "((a{1,1000}){1,1000}){1,1000}"), "guided_regex"),
+        (Constraint("lark", "nothing at all"), "guided_grammar"),
+        (Constraint("lark", "start: missing"), "guided_grammar"),
+        (Constraint("choice", "[]"), "guided_choice"),
+        (Constraint("choice", '"Paris"'), "guided_choice"),
+        (Constraint("choice", json.dumps(["x"] * 1001)), "guided_choice"),
+        (Constraint("json_schema", "{"), "response_format"),
+        (Constraint("json_schema", "7"), "response_format"),
+        (Constraint("json_schema", "false"), "response_format"),
+        (Constraint("json_schema", '{"type": "nothing"}'), "response_format"),
+        (Constraint("json_schema", '{"allOf": [{"type": "string"}, {"type": "integer"}]}'), "response_format"),
+        (Constraint("json_schema", '{"$ref": "#"}'), "response_format"),
+        (Constraint("json_schema", '{"type": "array", "minItems": 1, "items": {"$ref": "#"}}'), "response_format"),
+        (
+            Constraint("json_schema", '{"type":"object","properties":{"a":{"$ref":"#"}},"required":["a"]}'),
+            "response_format",
+        ),
+        (Constraint("json_schema", '{"$ref": "https://example.com/schema.json"}'), "response_format"),
+        (Constraint("json_schema", '{"a":' * 5000 + "1" + "}" * 5000), "response_format"),
+        (Constraint("json_schema", '{"items":' * 100 + "{}" + "}" * 100), "response_format"),
+        (Constraint("json_schema", json.dumps({"enum": ["x" * 100_000]})), "response_format"),
+    ],
+    ids=lambda value: value.text[:40] if isinstance(value, Constraint) else None,
+)
+async def test_a_grammar_that_cannot_be_used_is_refused_by_its_name(
+    tiny: Generator, constraint: Constraint, param: str
+) -> None:
+    async with asyncio.timeout(5):
+        with pytest.raises(GenerationParameterError) as caught:
+            await ask(tiny, constraint=constraint)
+    assert caught.value.param == param
+    assert tiny.stats.running == 0
+
+
+async def test_a_schema_may_refer_to_itself_where_that_has_an_end(tiny: Generator) -> None:
+    whole = await ask(tiny, PROMPT, 40, constraint=Constraint("json_schema", json.dumps(TREE)))
+    assert whole.text.lstrip().startswith("{")
