@@ -41,6 +41,8 @@ GUIDES: Final = [
     ROOT / "CONTRIBUTING.md",
     *(guide for guide in sorted((ROOT / "docs").glob("*.md")) if guide != GETTING_STARTED),
 ]
+OF_ITS_OWN: Final = ("README.md", "sdk-text.md")
+"""Guides that begin with an empty directory."""
 TEXTS: Final = [*GUIDES, GETTING_STARTED, ROOT / "CHANGELOG.md", ROOT / "examples" / "models" / "README.md"]
 BLOCK_TIMEOUT_S: Final = 120
 START_TIMEOUT_S: Final = 60
@@ -259,7 +261,7 @@ def started_reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]
 @pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("guide", [*GUIDES, GETTING_STARTED], ids=lambda guide: guide.stem)
 def test_every_block_of_the_guide_runs_and_prints_what_it_shows(guide: Path, request: pytest.FixtureRequest) -> None:
-    reader: Reader = request.getfixturevalue("reader" if guide.name == "README.md" else "started_reader")
+    reader: Reader = request.getfixturevalue("reader" if guide.name in OF_ITS_OWN else "started_reader")
     if guide == GETTING_STARTED:  # the fixture has run that one
         return
     evaluate(guide, reader)
