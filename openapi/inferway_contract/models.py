@@ -22,7 +22,6 @@ from pydantic import (
     Discriminator,
     Field,
     StrictBool,
-    StrictInt,
     StrictStr,
     Tag,
     WithJsonSchema,
@@ -783,7 +782,7 @@ _NUMBER = BeforeValidator(_number)
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1), _NUMBER]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2), _NUMBER]
 Tokens: TypeAlias = Annotated[int, Field(ge=1), _WHOLE]
-TokenIds: TypeAlias = list[Annotated[StrictInt, Field(ge=0)]]
+TokenIds: TypeAlias = list[Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE]]
 StopStrings: TypeAlias = Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(max_length=STOP_MAX_ITEMS)]
 TextOrTokens: TypeAlias = Annotated[
     Annotated[StrictStr, Tag("text")]
