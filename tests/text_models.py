@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 import models
 from models import F32, I64, node, value
@@ -103,6 +105,28 @@ def logits(classes: int) -> bytes:
             "steps": np.arange(classes, dtype=np.float32).reshape(1, -1),
         },
     )
+
+
+def external_table(weights: NDArray[np.float32], location: str = "model.onnx_data") -> tuple[bytes, bytes]:
+    """A graph from ids to ``last_hidden_state``, the rows of a table that lies in a file beside it: both of them."""
+    tensor = TensorProto(name="table", dims=weights.shape, data_type=F32, data_location=TensorProto.EXTERNAL)
+    for key, text in (("location", location), ("offset", "0"), ("length", str(weights.nbytes))):
+        tensor.external_data.add(key=key, value=text)
+    graph = helper.make_graph(
+        [
+            node("Gather", ["table", "input_ids"], ["found"]),
+            node("Cast", ["attention_mask"], ["mask"], to=F32),
+            node("Unsqueeze", ["mask", "last"], ["mask3"]),
+            node("Mul", ["found", "mask3"], ["last_hidden_state"]),
+        ],
+        "g",
+        [value(name, I64, ["batch", "sequence"]) for name in ("input_ids", "attention_mask")],
+        [value("last_hidden_state", F32, ["batch", "sequence", weights.shape[1]])],
+        [tensor, numpy_helper.from_array(np.array([-1]), "last")],
+    )
+    imports = [helper.make_opsetid("", models.OPSET)]
+    proto = helper.make_model(graph, opset_imports=imports, ir_version=models.IR_VERSION)
+    return proto.SerializeToString(), weights.tobytes()
 
 
 def strings() -> bytes:

@@ -296,7 +296,7 @@ def _of_folder(folder: Path, version: int | None) -> Package:
 
 
 def _is_definition(path: str) -> bool:
-    return path in _DEFINITIONS or ("/" not in path and path.endswith(".onnx"))
+    return path in _DEFINITIONS or ("/" not in path and path.endswith(".onnx")) or path == f"onnx/{MODEL_FILE}"
 
 
 def _chosen(folder: Path, numbers: list[int], version: int | None) -> int:

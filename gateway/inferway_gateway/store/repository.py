@@ -47,6 +47,8 @@ VERSION_PATTERN: Final = re.compile(r"[1-9][0-9]{0,17}")
 """Triton passes over folders that start with 0 or are no number; 18 digits fit its 64 bits."""
 
 DEFAULT_FILE: Final = "model.onnx"
+ONNX_FOLDER: Final = "onnx"
+"""Where sentence-transformers and transformers.js put the graph, the rest of the model being one folder above."""
 MAX_LABEL_BYTES: Final = 16 << 20
 MAX_FILES: Final = 10_000
 """Files of one model that a scan looks at; more is a folder that was not meant to be a model."""
@@ -301,7 +303,11 @@ def _find_model(folder: ModelFolder, file_name: str, *version: str) -> Path | No
     if folder.path.joinpath(*where).is_dir():
         # A model with external data may be a folder of the model's name that holds a file of that name.
         where = (*where, file_name)
-    return folder.find("/".join(where), *where)
+    path = folder.find("/".join(where), *where)
+    if path is None:
+        where = (*version, ONNX_FOLDER, file_name)
+        path = folder.find("/".join(where), *where)
+    return path
 
 
 def _find_language(folder: ModelFolder, *version: str) -> Path | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import PurePosixPath
 
 from ..core.backend import Artifact
 from ..core.catalog import VersionRecord
@@ -51,7 +52,7 @@ class VersionChecks:
         if record.kind in ("onnx", "language"):
             artifact = await asyncio.to_thread(read_artifact, record, folder)
             if self._admit is not None:
-                await asyncio.to_thread(self._admit, artifact, [file.path for file in record.files])
+                await asyncio.to_thread(self._admit, artifact, list(_beside(record, artifact)))
         elif record.kind == "remote":
             await asyncio.to_thread(read_remote, folder)
         else:
@@ -68,3 +69,12 @@ class VersionChecks:
             _log.warning(
                 "the folder of '%s' version %d could not be removed: %s", record.model, record.version, error.strerror
             )
+
+
+def _beside(record: VersionRecord, artifact: Artifact) -> Iterator[str]:
+    """The version's files in the graph's own folder, and below it, as seen from there."""
+    home = artifact.path.parent if artifact.home is None else artifact.home
+    place = artifact.path.parent.relative_to(home)
+    for file in record.files:
+        if PurePosixPath(file.path).is_relative_to(place):
+            yield PurePosixPath(file.path).relative_to(place).as_posix()

@@ -20,7 +20,7 @@ from ..core.upstream import RemoteSpec
 from . import triton_config
 from .elsewhere import ENSEMBLE_FILE, ensemble_pipeline, parse_pipeline, parse_remote
 from .model_options import apply_options, merge_options, validate_options
-from .repository import DEFAULT_FILE, ModelFolder, read_message
+from .repository import DEFAULT_FILE, ONNX_FOLDER, ModelFolder, read_message
 from .toml_text import parse_toml
 from .triton_config import MAX_CONFIG_BYTES, ConfigError
 
@@ -137,10 +137,13 @@ def _read_config(record: VersionRecord, folder: ModelFolder) -> tuple[ModelConfi
 
 
 def _find_model(folder: ModelFolder, named: str, paths: Collection[str]) -> Path:
-    """The ONNX file: the one that the configuration names, else ``model.onnx``, else the only one beside it."""
+    """The ONNX file: the one that the configuration names, else ``model.onnx``, else the only one beside it, else the
+    one that sentence-transformers puts into a folder of its own."""
     if not named:
         top = [path for path in paths if path.endswith(".onnx") and "/" not in path]
         named = DEFAULT_FILE if DEFAULT_FILE in top or len(top) != 1 else top[0]
+        inner = f"{ONNX_FOLDER}/{DEFAULT_FILE}"
+        named = inner if not top and inner in paths else named
     path = folder.find(named, named)
     if path is None:
         raise ConfigError(f"expected the model as '{named}' among its files, there is none")

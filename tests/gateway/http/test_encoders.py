@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.testing import assert_allclose
 import models
 import text_models
 from deploying import deploy
+from inferway import Inferway
 from live import LiveGateway, run_gateway
 from models import ModelFiles
 
@@ -208,6 +210,44 @@ def test_a_deployed_encoder_runs_in_a_worker_and_is_called_by_its_alias(texts: L
         assert_allclose([entry["embedding"] for entry in answer["data"]], [mean(1), mean(2, 3)], atol=1e-6)
     status, answer, _ = texts.call("GET", "/api/v1/models/sent/versions/1")
     assert (answer["isolation"], answer["state"]) == ("worker", "READY")
+
+
+def test_a_folder_as_sentence_transformers_saves_it_is_deployed_as_it_is(texts: LiveGateway) -> None:
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""},
+               {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
+               {"type": "sentence_transformers.models.Normalize", "path": "2_Normalize"}]  # fmt: skip
+    weights = text_models.table(4)
+    graph, data = text_models.external_table(weights)
+    deploy(
+        texts,
+        "saved",
+        {
+            "onnx/model.onnx": graph,
+            "onnx/model.onnx_data": data,
+            "tokenizer.json": text_models.as_bytes(text_models.tokenizer()),
+            "modules.json": json.dumps(modules).encode(),
+            "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
+            "config.json": b'{"max_position_embeddings": 20, "pad_token_id": 0}',
+        },
+        alias="stable",
+    )
+    status, answer, _ = post(texts, "embeddings", model="saved", input=["w1 w2"])
+    assert status == 200, answer
+    expected = weights[[2, 5, 6, 3]].mean(axis=0)
+    assert_allclose(answer["data"][0]["embedding"], expected / np.linalg.norm(expected), atol=1e-6)
+    status, answer, _ = post(texts, "embeddings", model="saved", input="w1 " * 19)
+    assert "at most 20 tokens" in answer["error"]["message"]
+
+
+def test_the_client_deploys_such_a_folder_and_embeds_with_it(texts: LiveGateway, tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").write_bytes(models.masked_mean(8, len(text_models.WORDS)))
+    (tmp_path / "tokenizer.json").write_bytes(text_models.as_bytes(text_models.tokenizer()))
+    (tmp_path / "inferway.toml").write_bytes(text_models.embedder()["inferway.toml"])
+    with Inferway(texts.url, api_key=texts.admin_key) as client:
+        client.models.deploy(tmp_path, name="folder")
+        assert_allclose(client.embed(["w1 w2"], model="folder"), [mean(1, 2)], atol=1e-6)
+        assert client.rerank("w1", ["w2", "w1"], model="folder").results[0].index == 1
 
 
 def test_the_time_that_a_caller_grants_holds(texts: LiveGateway) -> None:
