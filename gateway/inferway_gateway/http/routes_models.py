@@ -52,9 +52,9 @@ from ..core.registry import Registry
 from ..settings import Settings
 from ..store.blobs import BlobStore
 from ..store.catalog import SqlCatalog
-from ..store.elsewhere import PIPELINE_FILE, parse_pipeline
+from ..store.elsewhere import MAX_PIPELINE_BYTES, PIPELINE_FILE, parse_pipeline
 from ..store.repository import NAME_PATTERN
-from ..store.triton_config import MAX_CONFIG_BYTES, ConfigError
+from ..store.triton_config import ConfigError
 from ..store.version_config import check_options, kind_of
 from ..store.versions import check_files
 from . import key_bodies
@@ -216,7 +216,7 @@ async def _check_steps(request: Request, files: Iterable[FileRef]) -> None:
     path = await _blobs(request).open_local(digest)
     try:
         with await asyncio.to_thread(path.open, "rb") as stream:
-            text = (await asyncio.to_thread(stream.read, MAX_CONFIG_BYTES)).decode()
+            text = (await asyncio.to_thread(stream.read, MAX_PIPELINE_BYTES + 1)).decode()
         pipeline = await asyncio.to_thread(parse_pipeline, text)
     except (ConfigError, UnicodeDecodeError) as error:
         raise ModelRejectedError(f"{PIPELINE_FILE}: {error}") from None

@@ -35,6 +35,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+MAX_PIPELINE_BYTES: Final = 128 * 1024
+"""It is read while a request for its deployment waits."""
+
+
 class RemoteOptions(_Strict):
     """The whole of ``remote.toml``; ``core.upstream.RemoteSpec`` says what each member is for."""
 
@@ -112,8 +116,10 @@ def parse_pipeline(text: str) -> PipelineSpec:
     """Read ``pipeline.toml``. Whether its names and types fit together is looked at when it is loaded.
 
     Raises:
-        ConfigError: as ``parse_remote``.
+        ConfigError: as ``parse_remote``, and where the text is larger than ``MAX_PIPELINE_BYTES``.
     """
+    if len(text) > MAX_PIPELINE_BYTES:
+        raise ConfigError(f"it is larger than the {MAX_PIPELINE_BYTES} bytes that a pipeline may take")
     options = _validated(PipelineOptions, text)
     return PipelineSpec(
         tuple(StepSpec(step.name, parse_step_target(step.model), dict(step.inputs)) for step in options.steps),

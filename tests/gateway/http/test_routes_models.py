@@ -14,6 +14,7 @@ import pytest
 
 import models
 from inferway_gateway.app import create_app
+from inferway_gateway.core.opening import LOAD_RATIO
 from inferway_gateway.settings import Settings
 
 
@@ -78,7 +79,7 @@ async def test_the_memory_of_deployed_models_is_in_the_metrics(tmp_path: Path) -
         lines = (await client.get("/metrics")).text.splitlines()
         for line in (
             "inferway_memory_budget_bytes 1e+06",
-            f"inferway_memory_used_bytes {float(len(content))}",
+            f"inferway_memory_used_bytes {float(int(len(content) * LOAD_RATIO))}",
             "inferway_model_loads_total 1.0",
             "inferway_model_evictions_total 0.0",
         ):
@@ -131,3 +132,16 @@ async def test_a_key_has_so_many_deployments_going_on(tmp_path: Path) -> None:
         assert (first.status_code, second.status_code) == (202, 403)
         assert second.json()["code"] == "quota_exceeded"
         assert (await client.post(f"/api/v1/deployments/{first.json()['id']}/cancel")).status_code == 200
+
+
+async def test_a_pipeline_that_takes_long_to_read_is_refused_unread(tmp_path: Path) -> None:
+    step = b'[[steps]]\nname = "s"\nmodel = "m"\ninputs = { x = "x" }\n'
+    async with running(tmp_path, isolation="inprocess") as client:
+        assert (await deploy(client, "m", models.add_one())).json()["state"] == "succeeded"
+        content = step + b"# and more\n" * 12_000
+        digest = sha256(content).hexdigest()
+        assert (await client.put(f"/api/v1/blobs/{digest}", content=content)).status_code == 201
+        body = {"files": [{"path": "pipeline.toml", "digest": digest, "size": len(content)}]}
+        answer = await client.post("/api/v1/models/p/versions", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (400, "model_rejected")
+        assert "larger than the 131072 bytes" in answer.json()["detail"]
