@@ -14,9 +14,16 @@ from inferway import (
     AsyncDeployment,
     AsyncInferway,
     AsyncModelHandle,
+    AsyncTextStream,
+    ChatCompletion,
+    ClassifyResult,
+    Completion,
+    ContentDelta,
     DeployEvent,
     Deployment,
     DeploymentFailedError,
+    EmbeddingResult,
+    Finish,
     InferenceResult,
     Inferway,
     InferwayError,
@@ -25,9 +32,14 @@ from inferway import (
     QueueFullError,
     RawResponse,
     RequestEvent,
+    RerankResult,
     RetryEvent,
     RetryPolicy,
+    StreamInterruptedError,
+    TextStream,
     Timeout,
+    ToolCallDelta,
+    UsageReport,
 )
 from inferway.testing import MockDeployment, MockGateway
 from inferway_contract.models import (
@@ -167,6 +179,43 @@ async def asynchronous() -> None:
         assert_type((await client.with_raw_response.health.ready()).parse(), bool)
 
 
+def texts(client: Inferway) -> None:
+    answer = client.chat.create("Hi", model="m", temperature=0, max_tokens=5, timeout=3)
+    assert_type(answer, ChatCompletion)
+    assert_type(answer.text, str)
+    assert_type(answer.finish_reason, str | None)
+    try:
+        with client.chat.create([{"role": "user", "content": "Hi"}, answer.message], model="m", stream=True) as stream:
+            assert_type(stream, TextStream[ChatCompletion])
+            for event in stream:
+                assert_type(event, ContentDelta | ToolCallDelta | Finish | UsageReport)
+            for text in stream.text_stream:
+                assert_type(text, str)
+            assert_type(stream.get_final(), ChatCompletion)
+    except StreamInterruptedError as error:
+        assert_type(error.param, str | None)
+    either = client.chat.create("Hi", model="m", stream=bool(answer))
+    assert_type(either, ChatCompletion | TextStream[ChatCompletion])
+    assert_type(client.completions.create([1, 2], model="m", logprobs=3), Completion)
+    assert_type(client.completions.create("a", model="m", stream=True), TextStream[Completion])
+    assert_type(client.embed(["a"], model="m"), NDArray[np.float32])
+    assert_type(client.embeddings.create("a", model="m"), EmbeddingResult)
+    assert_type(client.rerank("q", ["a"], model="m"), RerankResult)
+    assert_type(client.classify(["a"], model="m"), ClassifyResult)
+
+
+async def texts_async(client: AsyncInferway) -> None:
+    assert_type(await client.chat.create("Hi", model="m"), ChatCompletion)
+    async with await client.chat.create("Hi", model="m", stream=True) as stream:
+        assert_type(stream, AsyncTextStream[ChatCompletion])
+        async for event in stream:
+            assert_type(event, ContentDelta | ToolCallDelta | Finish | UsageReport)
+        async for text in stream.text_stream:
+            assert_type(text, str)
+        assert_type(await stream.get_final(), ChatCompletion)
+    assert_type(await client.embed(["a"], model="m"), NDArray[np.float32])
+
+
 def own_tests() -> None:
     gateway = MockGateway(api_key="k")
 
@@ -190,4 +239,6 @@ def mistakes(client: Inferway) -> None:
     client.models.deploy("m.onnx")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client.models.deploy("m.onnx", name="m", isolation="none")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     client.with_raw_response.models.get()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client.chat.create("Hi")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    client.chat.create("Hi", model="m", temprature=1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     client.model("m").map([1], on_error="hide")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
