@@ -66,8 +66,6 @@ _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 _SECONDS: Final = re.compile(r"[0-9]{1,4}(?:\.[0-9]{1,9})?")
 _MAX_NESTING: Final = 32
 _MAX_MEMBERS_BYTES: Final = 64 * 1024
-_PAGE: Final = 200
-"""Records that are read at once where some may have to be left out."""
 
 
 # ---------------------------------------------------------------------------------------------------- models, versions
@@ -231,10 +229,8 @@ async def list_deployments(request: Request) -> Response:
     principal = _principal(request)
     if model is not None and not principal.sees(model):
         return _json(contract.DeploymentList(deployments=[]))
-    # Those of models that the key does not see are left out, so more than ``limit`` may have to be looked at.
-    found = await _catalog(request).deployments(model, LIST_MAX_LIMIT)
-    seen = [record for record in found if principal.sees(record.spec.model)][:limit]
-    return _json(contract.DeploymentList(deployments=[_deployment(record) for record in seen]))
+    found = await _catalog(request).deployments(model, limit, sees=principal.sees)
+    return _json(contract.DeploymentList(deployments=[_deployment(record) for record in found]))
 
 
 async def get_deployment(request: Request) -> Response:
@@ -310,13 +306,7 @@ async def _events(request: Request, model: str | None) -> contract.EventList:
         raise InvalidParameterError(f"expected 'before' to be the id of an event, got '{text[:40]}'")
     before = None if text is None else int(text)
     sees = _principal(request).sees
-    found: list[Event] = []
-    while True:
-        page = await _catalog(request).events(model, before=before, limit=max(_PAGE, limit + 1))
-        found += [event for event in page if sees(event.model)]
-        if len(found) > limit or len(page) < max(_PAGE, limit + 1):
-            break
-        before = page[-1].id
+    found = await _catalog(request).events(model, before=before, limit=limit + 1, sees=sees)
     return contract.EventList(events=[_event(event) for event in found[:limit]], has_more=len(found) > limit)
 
 

@@ -58,6 +58,9 @@ from .tables import (
     VERSIONS,
 )
 
+Sees = Callable[[str], bool]
+"""Whether a model of that name is there for whoever asks."""
+
 _T = TypeVar("_T")
 MAX_VERSION: Final = 2_000_000_000
 _MANY: Final = 500
@@ -113,11 +116,17 @@ class SqlCatalog(SqlStore):
     async def deployment(self, deployment_id: str) -> DeploymentRecord:
         return await self._call(lambda connection: _found_deployment(connection, deployment_id))
 
-    async def deployments(self, model: str | None = None, limit: int = 100) -> list[DeploymentRecord]:
-        query = sa.select(DEPLOYMENTS).order_by(DEPLOYMENTS.c.sequence.desc()).limit(limit)
-        if model is not None:
-            query = query.where(DEPLOYMENTS.c.model == model)
-        return await self._call(lambda connection: [_deployment(row) for row in connection.execute(query)])
+    async def deployments(
+        self, model: str | None = None, limit: int = 100, *, sees: Sees | None = None
+    ) -> list[DeploymentRecord]:
+        """See ``Catalog``; with ``sees``, those of models that it is true of."""
+
+        def work(connection: sa.Connection) -> list[DeploymentRecord]:
+            query = sa.select(DEPLOYMENTS).where(_of_models(connection, DEPLOYMENTS.c.model, model, sees))
+            rows = connection.execute(query.order_by(DEPLOYMENTS.c.sequence.desc()).limit(limit))
+            return [_deployment(row) for row in rows]
+
+        return await self._call(work)
 
     async def running_deployments(self) -> list[DeploymentRecord]:
         return await self._running_where()
@@ -130,13 +139,19 @@ class SqlCatalog(SqlStore):
         query = sa.select(DEPLOYMENTS).where(runs, *conditions).order_by(DEPLOYMENTS.c.sequence)
         return await self._call(lambda connection: [_deployment(row) for row in connection.execute(query)])
 
-    async def events(self, model: str | None = None, *, before: int | None = None, limit: int = 100) -> list[Event]:
-        query = sa.select(EVENTS).order_by(EVENTS.c.id.desc()).limit(limit)
-        if model is not None:
-            query = query.where(EVENTS.c.model == model)
-        if before is not None:
-            query = query.where(EVENTS.c.id < before)
-        return await self._call(lambda connection: [Event(**row._asdict()) for row in connection.execute(query)])
+    async def events(
+        self, model: str | None = None, *, before: int | None = None, limit: int = 100, sees: Sees | None = None
+    ) -> list[Event]:
+        """See ``Catalog``; with ``sees``, those of models that it is true of."""
+
+        def work(connection: sa.Connection) -> list[Event]:
+            query = sa.select(EVENTS).where(_of_models(connection, EVENTS.c.model, model, sees))
+            if before is not None:
+                query = query.where(EVENTS.c.id < before)
+            rows = connection.execute(query.order_by(EVENTS.c.id.desc()).limit(limit))
+            return [Event(**row._asdict()) for row in rows]
+
+        return await self._call(work)
 
     # --- deploying ---------------------------------------------------------------------------------------------------
 
@@ -541,6 +556,22 @@ async def open_catalog(*, database_url: str, timeout_s: float = 5.0) -> AsyncIte
 
 
 # --- steps of transactions -------------------------------------------------------------------------------------------
+
+
+def _of_models(
+    connection: sa.Connection, column: sa.Column[Any], model: str | None, sees: Sees | None
+) -> sa.ColumnElement[bool]:
+    """The condition that a record is of one model, or of one that ``sees`` is true of. Patterns of names are not SQL's,
+    so the names are looked at, which are fewer than records: others' records must not make reading one's own slow."""
+    if model is not None:
+        return column == model
+    if sees is None:
+        return sa.true()
+    names = connection.execute(sa.select(column).distinct()).scalars().all()
+    seen = [name for name in names if sees(name)]
+    if len(seen) == len(names):
+        return sa.true()
+    return sa.or_(sa.false(), *(column.in_(some) for some in _parts(seen)))
 
 
 def _revision(connection: sa.Connection) -> int:

@@ -244,6 +244,22 @@ class TestDeployments:
         assert [record.id for record in await catalog.deployments("m1")] == [made[3].id, made[1].id]
         assert [record.id for record in await catalog.deployments(limit=2)] == [made[4].id, made[3].id]
 
+    async def test_and_events_of_others_do_not_hide_ones_own(self, catalog: SqlCatalog) -> None:
+        mine = await begin(catalog, "mine", spec("a1"))
+        others = [await begin(catalog, word, spec(f"b{word % 2}")) for word in range(6)]
+        sees: dict[str, Callable[[str], bool]] = {"mine": lambda name: name.startswith("a"), "none": lambda name: False}
+        found = await catalog.deployments(limit=2, sees=sees["mine"])
+        assert [record.id for record in found] == [mine.id]
+        assert [event.model for event in await catalog.events(limit=2, sees=sees["mine"])] == ["a1"]
+        assert await catalog.deployments(sees=sees["none"]) == []
+        assert await catalog.events(sees=sees["none"]) == []
+        found = await catalog.deployments(limit=1, sees=lambda name: True)
+        assert [record.id for record in found] == [others[-1].id]
+        last = (await catalog.events(limit=1, sees=lambda name: name == "b1"))[0]
+        earlier = await catalog.events(limit=1, before=last.id, sees=lambda name: name == "b1")
+        assert [event.model for event in earlier] == ["b1"]
+        assert earlier[0].id < last.id
+
     async def test_with_an_alias_that_names_no_version_make_nothing(self, catalog: SqlCatalog) -> None:
         running = await begin(catalog)
         with pytest.raises(VersionNotFoundError):
