@@ -112,6 +112,8 @@ def _add_deploy(commands: Any) -> None:
         "--label", dest="labels", type=_label, action="append", default=[], metavar="KEY=VALUE",
         help="a short text to find it by; may be repeated",
     )  # fmt: skip
+    deploy.add_argument("--metadata", type=Path, metavar="FILE", help="JSON or TOML to keep with it, such as scores")
+    deploy.add_argument("--instances", type=_positive, metavar="N", help="processes that run it (default 1)")
     deploy.add_argument("--config", type=Path, metavar="FILE", help="TOML as in inferway.toml, or the same as JSON")
     deploy.add_argument("--golden", type=Path, metavar="FILE", help="golden.json: inputs, and outputs to compare")
     deploy.add_argument("--isolation", choices=("worker", "inprocess"), help="default: what the gateway chooses")
@@ -229,7 +231,9 @@ def _deploy(client: Inferway, args: argparse.Namespace) -> None:
         version=args.version,
         alias=args.alias,
         labels=dict(args.labels),
-        config=None if args.config is None else _config(args.config),
+        metadata=None if args.metadata is None else _table_of(args.metadata, "what is kept with the version"),
+        instances=args.instances,
+        config=None if args.config is None else _table_of(args.config, "options, as inferway.toml does"),
         golden=args.golden,
         isolation=args.isolation,
         pinned=args.pinned,
@@ -285,14 +289,15 @@ def _say_deployment(deployment: Deployment, args: argparse.Namespace) -> None:
         print(f"Deployment {deployment.id} of {version} is {deployment.state}.")
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _table_of(path: Path, what: str) -> dict[str, Any]:
+    """A table of TOML, or an object of JSON by the file's name."""
     text = path.read_text()
     try:
         found: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise WrongArguments(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise WrongArguments(f"expected {path} to hold a table of options, as inferway.toml does")
+        raise WrongArguments(f"expected {path} to hold a table of {what}")
     return found
 
 

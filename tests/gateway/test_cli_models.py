@@ -98,19 +98,20 @@ def test_options_become_what_the_gateway_is_asked(
     said: Any, gateway: FakeLifecycle, model: str, tmp_path: Path
 ) -> None:
     (tmp_path / "options.toml").write_text("run_timeout_s = 2.0\n[batching]\nenabled = false\n")
+    (tmp_path / "scores.json").write_text('{"auc": 0.9}')
     tensor = {"name": "x", "datatype": "FP32", "shape": [1, 16], "data": [0.0] * 16}
     (tmp_path / "golden.json").write_text(json.dumps({"examples": [{"inputs": [tensor], "outputs": [tensor]}]}))
     status, out, _ = said(
         "deploy", model, "--name", "churn", "--version", "7", "--no-alias", "--label", "team=growth",
         "--label", "a=b=c", "--config", str(tmp_path / "options.toml"), "--golden", str(tmp_path / "golden.json"),
-        "--isolation", "inprocess", "--pinned",
+        "--isolation", "inprocess", "--pinned", "--metadata", str(tmp_path / "scores.json"), "--instances", "2",
     )  # fmt: skip
     assert (status, out) == (0, "churn version 7 is ready.\n")
     [body] = gateway.created
     assert [file["path"] for file in body.pop("files")] == ["golden.json", "model.onnx"]
     assert body == {
-        "alias": None, "labels": {"team": "growth", "a": "b=c"}, "metadata": {}, "version": 7, "pinned": True,
-        "config": {"run_timeout_s": 2.0, "batching": {"enabled": False}}, "isolation": "inprocess",
+        "alias": None, "labels": {"team": "growth", "a": "b=c"}, "metadata": {"auc": 0.9}, "version": 7, "pinned": True,
+        "config": {"run_timeout_s": 2.0, "batching": {"enabled": False}, "instances": 2}, "isolation": "inprocess",
     }  # fmt: skip
 
 
