@@ -73,6 +73,7 @@ class FakeGenerator:
         self.context_length = context_length
         self.vocabulary_size = FIRST_SPECIAL + len(SPECIAL)
         self.special_tokens = SPECIAL
+        self.begin: Sequence[int] = ()
         self.adapters = adapters
         self.defaults = GenerationDefaults()
         self.stats = GenerationStats()

@@ -215,6 +215,11 @@ class TextGenerator(Protocol):
         ...
 
     @property
+    def begin(self) -> Sequence[int]:
+        """Tokens that belong in front of a text that no template was applied to."""
+        ...
+
+    @property
     def adapters(self) -> Sequence[str]: ...
 
     @property

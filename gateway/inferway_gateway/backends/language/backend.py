@@ -12,9 +12,10 @@ from typing import Final
 
 from ...core.backend import Artifact
 from ...core.catalog import Footprint
-from ...core.errors import GatewayError, ModelLoadError, ModelRejectedError
+from ...core.errors import GatewayError, ModelLoadError, ModelRejectedError, ShuttingDownError
 from ...core.model_config import ModelConfig
 from ...core.stats import ModelStats
+from ..onnx import memory
 from ..onnx.admission import AdmissionReport, admit
 from ..worker.forks import ForkServer
 from .engine import Engine
@@ -58,19 +59,27 @@ class LocalLink:
     """An engine in this process."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine: Engine | None = engine
 
     def problem(self) -> str | None:
         return None
 
     def submit(self, order: Order) -> None:
+        if self._engine is None:
+            raise ShuttingDownError("the model is being unloaded")
         self._engine.submit(order)
 
     def cancel(self, number: int) -> None:
-        self._engine.cancel(number)
+        if self._engine is not None:
+            self._engine.cancel(number)
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._engine.close)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.close)
+            # The last one who knows it: with it go the session, and the memory of keys and values.
+            del engine
+            await asyncio.to_thread(memory.trim)
 
 
 class LanguageBackend:

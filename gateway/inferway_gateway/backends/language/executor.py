@@ -75,7 +75,7 @@ class LanguageExecutor:
             prompt = await generator.encode(str(request.inputs["text_input"][0]))
             encoded = time.perf_counter()
             wanted = GenerationRequest(
-                tuple(prompt), max_tokens, sampling, priority=request.priority, deadline=request.deadline
+                (*generator.begin, *prompt), max_tokens, sampling, priority=request.priority, deadline=request.deadline
             )
             parts = [delta.text async for delta in generator.generate(wanted)]
         except GenerationParameterError as error:

@@ -89,6 +89,7 @@ class Generator:
         except Exception as error:
             raise ModelLoadError(f"tokenizer.json cannot be used: {str(error)[:300]}") from None
         self._model_stats = model_stats
+        self.begin: Final[tuple[int, ...]] = _beginning(self._tokenizer)
         self._vocabulary = vocabulary
         self._ends = frozenset(package.ends)
         self.context_length: Final = context_length
@@ -312,6 +313,12 @@ class Generator:
         self._draining = True
         if self._link is not None:
             await self._link.close()
+
+
+def _beginning(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text."""
+    bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return tuple(whole[: max(len(whole) - len(bare), 0)]) if whole[len(whole) - len(bare) :] == bare else ()
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -242,6 +242,9 @@ async def plain_prompts(
         where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
         if isinstance(prompt, str):
             ids = await generator.encode(prompt)  # a caller may have applied a template of its own
+            begin = list(generator.begin)
+            if ids[: len(begin)] != begin:
+                ids = begin + ids
             text = prompt
         else:
             ids = prompt

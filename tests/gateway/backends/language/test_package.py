@@ -131,3 +131,17 @@ async def test_an_adapter_that_does_not_fit_is_refused(open_language: OpenModel,
     file.export_adapter(str(folder / "mine.onnx_adapter"))
     with pytest.raises(ModelLoadError, match="adapter 'mine': the graph has no input"):
         await open_language(folder)
+
+
+async def test_what_a_tokenizer_puts_in_front_of_texts_is_known(open_language: OpenModel, folder: Path) -> None:
+    assert (await open_language(folder)).begin == ()
+    begins = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }
+    change(folder, "tokenizer.json", lambda m: m.update(post_processor=begins))
+    generator = await open_language(folder)
+    assert generator.begin == (1,)
+    assert await generator.encode("a") == [81]

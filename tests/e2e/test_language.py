@@ -1,0 +1,63 @@
+"""A language model from the folder and one that was deployed, each by one line."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inferway import AsyncInferway, BadRequestError, Inferway, NotFoundError
+from live import LiveGateway, run_gateway
+
+MODEL = Path(__file__).parents[2] / ".cache" / "inferway-models" / "tiny-llm"
+PROMPT = np.array(["The capital of France is"], object)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
+    if not MODEL.is_dir():
+        pytest.skip("examples/models/make_models.py --only tiny-llm makes the model")
+    root = tmp_path_factory.mktemp("language")
+    (root / "models" / "placed").mkdir(parents=True)
+    (root / "models" / "placed" / "1").symlink_to(root / "models" / ".tiny", target_is_directory=True)
+    (root / "models" / ".tiny").mkdir()
+    for file in MODEL.iterdir():
+        (root / "models" / ".tiny" / file.name).write_bytes(file.read_bytes())
+    (root / "models" / "placed" / "inferway.toml").write_text("[generation]\nmax_tokens = 5\nmax_sequences = 2\n")
+    with run_gateway(root / "models", root / "state") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def key(server: LiveGateway) -> str:
+    return server.make_key("infer", "read", "deploy")
+
+
+def test_a_model_of_the_folder_and_the_same_deployed_write_the_same(server: LiveGateway, key: str) -> None:
+    with Inferway(server.url, api_key=key) as client:
+        placed = client.infer("placed", {"text_input": PROMPT})
+        deployment = client.models.deploy(MODEL, name="deployed", config={"generation": {"max_tokens": 5}})
+        assert deployment.state == "succeeded"
+        assert client.models.version("deployed", 1).kind == "language"
+        deployed = client.infer("deployed", {"text_input": PROMPT, "max_tokens": np.array([5])})
+        assert placed["text_output"].tolist() == deployed["text_output"].tolist()
+        with pytest.raises(BadRequestError, match="max_tokens"):
+            client.infer("deployed", {"text_input": PROMPT, "max_tokens": np.array([-1])})
+        with pytest.raises(NotFoundError):
+            client.infer("missing", {"text_input": PROMPT})
+
+
+async def test_callers_that_leave_do_not_keep_others_waiting(server: LiveGateway, key: str) -> None:
+    async with AsyncInferway(server.url, api_key=key) as client:
+        long = {"text_input": PROMPT, "max_tokens": np.array([2000])}
+        left = [asyncio.create_task(client.infer("placed", long)) for _ in range(6)]
+        await asyncio.sleep(0)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        async with asyncio.timeout(20):
+            answer = await client.infer("placed", {"text_input": PROMPT})
+        assert answer["text_output"].shape == (1,)
