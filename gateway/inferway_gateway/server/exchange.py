@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 from collections.abc import Coroutine, Iterable, Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, cast
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class Exchange:
             connection.abort() if self.started else connection.close()
             return
         connection.deaf = True
-        connection.write_refusal(status, error_answer(status, code, message, name or request_id(self)))
+        connection.write_refusal(
+            status, error_answer(status, code, message, name or request_id(self), self.scope["path"])
+        )
 
     async def receive(self) -> ASGIReceiveEvent:
         connection = self.connection
@@ -515,9 +518,23 @@ def request_id(exchange: Exchange | None) -> str:
     return secrets.token_hex(12)
 
 
-def error_answer(status: int, code: str, message: str, name: str) -> bytes:
-    """What follows the date of an answer that the edge makes itself."""
-    body = json.dumps({"error": message, "code": code, "request_id": name}, separators=(",", ":")).encode()
+def error_answer(status: int, code: str, message: str, name: str, path: str = "") -> bytes:
+    """What follows the date of an answer that the edge makes itself.
+
+    Args:
+        path: of the request, where it was read as far as that: OpenAI's clients find a message only in their own form.
+    """
+    members: dict[str, object] = {"error": message, "code": code, "request_id": name}
+    if path.startswith("/v1/"):
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        members |= {
+            "error": {"message": message, "type": kind, "param": None, "code": code},
+            "type": f"urn:inferway:error:{code}",
+            "title": HTTPStatus(status).phrase,
+            "status": status,
+            "detail": message,
+        }
+    body = json.dumps(members, separators=(",", ":")).encode()
     retry = status in (408, 503)
     return b"".join(
         (

@@ -769,7 +769,7 @@ class EdgeProtocol(asyncio.Protocol):
             self.receiving = None
         name = request_id(exchange)
         logger.info("refused a request with %d: %s", status, message, extra={"request_id": name, "code": code})
-        answer = error_answer(status, code, message, name)
+        answer = error_answer(status, code, message, name, "" if exchange is None else exchange.scope["path"])
         if exchange is not None:
             exchange.finished = True
             exchange.wake()

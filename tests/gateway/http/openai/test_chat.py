@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -268,6 +269,15 @@ async def test_errors_have_the_hybrid_shape_whatever_they_are() -> None:
             413: await client.post(CHAT, content=b" " * (9 << 20)),
         }
         lost = await client.get("/v1/nothing")
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nhalf".encode())
+        writer.write_eof()
+        async with asyncio.timeout(WAIT_S):
+            head, _, edge = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+    assert head.startswith(b"HTTP/1.1 400")
+    assert contract.OpenAIError.model_validate_json(edge).error.code == "malformed_request"
     for status, response in [*found.items(), (404, lost)]:
         assert response.status_code == status, response.text
         body = contract.OpenAIError.model_validate(response.json())
@@ -504,3 +514,19 @@ async def test_a_request_id_and_a_compressed_body_are_taken() -> None:
         response: httpx.Response = await client.post(CHAT, content=body, headers=headers)
     assert response.status_code == 200
     assert response.headers["x-request-id"] == "mine-7"
+
+
+async def test_a_token_of_a_stream_costs_little() -> None:
+    count = 3000
+    generator = FakeGenerator(("hello",) * count, before=lambda _: asyncio.sleep(0))
+    async with serving({"m": generator}) as client:
+        port = client.base_url.port
+        arguments = ["-sN", f"http://127.0.0.1:{port}{CHAT}", "-d", json.dumps({**HELLO, "stream": True})]
+        spent = []
+        for _ in range(3):
+            before = time.process_time()
+            reader = await asyncio.create_subprocess_exec("curl", *arguments, stdout=asyncio.subprocess.DEVNULL)
+            assert await reader.wait() == 0
+            spent.append((time.process_time() - before) / count)
+    # Measured at 9 µs, the fake generator and the loop's turn included (2 cores, November 2026). The bar is 60.
+    assert min(spent) < 60e-6
