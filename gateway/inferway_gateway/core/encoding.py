@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backend import Artifact
-from .batcher import InferenceRequest
+from .batcher import Batcher, InferenceRequest
 from .batching import pieces
 from .errors import ContextLengthError, DeadlineExceededError, InvalidParameterError, ModelExecutionError
 from .execution import Executor
@@ -196,6 +196,8 @@ class TextEncoder:
         self._column = rank == 2
         most = executor.signature.max_rows
         self._part_rows = min(most, _PART_ROWS) if most else _PART_ROWS
+        if isinstance(executor, Batcher) and not executor.batching:
+            self._part_rows = 1  # rows depend on their mates, those of the same request too
 
     @property
     def task(self) -> Task:

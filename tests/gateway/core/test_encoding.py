@@ -226,6 +226,15 @@ async def test_many_texts_do_not_fill_the_queue(tmp_path: Path) -> None:
         assert_allclose(found.values[-3:], [mean(text) for text in texts[-3:]], atol=1e-6)
 
 
+async def test_texts_of_a_model_that_is_not_batched_run_one_by_one(tmp_path: Path) -> None:
+    files = text_models.embedder()
+    files["inferway.toml"] += b"\n[batching]\nenabled = false\n"
+    async with encoder(tmp_path, files) as (some, stats):
+        found = await some.embed(["w1", "w2", "w3"])
+        assert_allclose(found.values, [mean("w1"), mean("w2"), mean("w3")], atol=1e-6)
+        assert stats.execution_count == stats.inference_count == 3
+
+
 async def test_a_deadline_that_has_passed_ends_the_work(tmp_path: Path) -> None:
     async with encoder(tmp_path, text_models.embedder()) as (some, _):
         with pytest.raises(DeadlineExceededError):

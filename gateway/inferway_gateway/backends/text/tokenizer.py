@@ -36,8 +36,8 @@ from ...core.errors import ModelExecutionError
 MAX_BYTES: Final = 64 * 1024 * 1024
 MAX_VOCABULARY: Final = 300_000
 """The largest in use have some 262,000. The library reads a file without giving the interpreter's lock back: so many
-tokens were measured to hold everything else up for 0.2 to 0.8 s, once, when the version is loaded (23 November 2026, two
-processors shared with eight others)."""
+tokens were measured to hold everything else up for 0.4 to 0.8 s, once, when the version is loaded (23 November
+2026, two busy processors)."""
 MAX_TOKEN_CHARACTERS: Final = 1_000
 MAX_ADDED_TOKENS: Final = 100_000
 MAX_STEPS: Final = 32

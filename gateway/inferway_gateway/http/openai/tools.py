@@ -212,6 +212,7 @@ class CallParser:
         self._quoted = False
         self._escaped = False
         self._began = ""  # what is given back as text where no call follows
+        self._spoke = False  # there was text since the last call
         self.calls = 0
 
     def push(self, text: str) -> tuple[str, list[CallPiece]]:
@@ -260,12 +261,10 @@ class CallParser:
 
     def _text(self, content: list[str], *, over: bool) -> bool:
         held = self._held
-        if self.calls and not held.strip():
-            return False  # the space between two calls
         found = [(at, marker) for marker in _MARKERS if (at := held.find(marker)) >= 0]
         if found:
             at, marker = min(found)
-            content.append(held[:at] if held[:at].strip() else "")
+            content.append(held[:at] if self._spoke or held[:at].strip() else "")
             self._began, self._held = marker, held[at + len(marker) :]
             self._state = "calls"
             return True
@@ -276,8 +275,9 @@ class CallParser:
                     if held.endswith(marker[:length]):
                         keep = length
                         break
-        if self.calls and not held[: len(held) - keep].strip():
-            return False
+        if not self._spoke and not held[: len(held) - keep].strip():
+            return False  # space before a call, or between two, is none of the answer
+        self._spoke = True
         content.append(held[: len(held) - keep])
         self._held = held[len(held) - keep :]
         return False
@@ -339,6 +339,7 @@ class CallParser:
         if self._forced:
             self._held = ""
             return False
+        self._spoke = True
         content.append(self._began + self._held[:1])
         self._began, self._held = "", self._held[1:]
         self._state = "text"
@@ -366,7 +367,7 @@ class CallParser:
             return False
 
     def _begin(self, name: str) -> CallPiece:
-        self._began = ""
+        self._began, self._spoke = "", False
         piece = CallPiece(self.calls, "", call_id(), name)
         self.calls += 1
         return piece
