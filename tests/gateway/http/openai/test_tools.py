@@ -1,0 +1,127 @@
+"""Calls are found in a text however it is cut, and what is none stays text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferway_contract import models as contract
+from inferway_gateway.core.errors import InvalidParameterError
+from inferway_gateway.http.openai.tools import CallParser, read_tools
+
+QUOTED = '{"x": "}\\"<tool_call>"}'
+TEXTS: list[tuple[str, bool, str, list[tuple[str, Any]]]] = [
+    ('hello {"a":1} world', False, 'hello {"a":1} world', []),
+    ('{"a": 1}', False, '{"a": 1}', []),
+    ("[1,2,3]", False, "[1,2,3]", []),
+    ("a < b", False, "a < b", []),
+    ("  hi", False, "  hi", []),
+    ("", False, "", []),
+    ("<tool", False, "<tool", []),
+    ("<tool_call>oops", False, "<tool_call>oops", []),
+    ('{"name": "Bob", "arguments": {}}', False, '{"name": "Bob", "arguments": {}}', []),
+    ('{"name": "f", "argum', False, '{"name": "f", "argum', []),
+    ('{"name": "f", "parameters": {"a": 1}}', False, "", [("f", {"a": 1})]),
+    (
+        f'<tool_call>\n{{"name": "f", "arguments": {QUOTED}}}\n</tool_call>\n'
+        '<tool_call>{"arguments": {"y":[1]}, "name":"g"}</tool_call>',
+        False,
+        "",
+        [("f", json.loads(QUOTED)), ("g", {"y": [1]})],
+    ),
+    ('Sure! <tool_call>{"name": "f", "arguments": {}}</tool_call> done', False, "Sure!  done", [("f", {})]),
+    ('[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]', False, "", [("f", {"a": 1})]),
+    ('{"type":"function","function":{"name":"f","arguments":"{\\"q\\":1}"}}', False, "", [("f", {"q": 1})]),
+    (
+        '[{"name":"f","arguments":{"a":{"b":1}}},{"name":"g","arguments":{}}]',
+        True,
+        "",
+        [("f", {"a": {"b": 1}}), ("g", {})],
+    ),
+]
+
+
+def parse(text: str, forced: bool, cuts: list[int]) -> tuple[str, list[tuple[str, Any]]]:
+    parser = CallParser({"f", "g"}, forced=forced)
+    content, names, arguments = "", [], []
+    ends = [*sorted({min(cut, len(text)) for cut in cuts}), len(text)]
+    found = [parser.push(text[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    for said, pieces in [*found, parser.finish()]:
+        content += said
+        for piece in pieces:
+            if piece.name is not None:
+                assert piece.id is not None
+                names.append(piece.name)
+                arguments.append("")
+            arguments[piece.index] += piece.arguments
+    return content, [(name, json.loads(text)) for name, text in zip(names, arguments, strict=True)]
+
+
+@pytest.mark.parametrize(("text", "forced", "content", "calls"), TEXTS, ids=[t[0][:30] for t in TEXTS])
+@given(data=st.data())
+def test_a_text_means_the_same_however_it_is_cut(
+    text: str, forced: bool, content: str, calls: list[tuple[str, Any]], data: st.DataObject
+) -> None:
+    cuts = data.draw(st.lists(st.integers(0, max(1, len(text)))))
+    assert parse(text, forced, cuts) == (content, calls)
+    assert parse(text, forced, list(range(len(text)))) == (content, calls)
+
+
+@given(st.text(alphabet='<tool_call>/{}[]",: \\nam"fTOOL_CALLS', max_size=60), st.lists(st.integers(0, 60)))
+def test_no_text_is_lost_where_nothing_is_called(text: str, cuts: list[int]) -> None:
+    parser = CallParser({"no such function"}, forced=False)
+    ends = [*sorted({min(cut, len(text)) for cut in cuts}), len(text)]
+    said = "".join(parser.push(text[a:b])[0] for a, b in zip([0, *ends], ends, strict=False))
+    said += parser.finish()[0]
+    assert said == text or "tool_call>" in text or "[TOOL_CALLS]" in text
+    assert not parser.calls
+
+
+def request(**members: Any) -> contract.ChatCompletionRequest:
+    return contract.ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user"}], **members})
+
+
+def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def test_arguments_of_a_demanded_call_are_those_that_are_named() -> None:
+    inner = {"type": "object", "properties": {"properties": {"type": "string"}}, "default": {"properties": {}}}
+    parameters = {"type": "object", "properties": {"a": {"$ref": "#/definitions/I"}}, "definitions": {"I": inner}}
+    tools = read_tools(request(tools=[tool("f", parameters), tool("g")], tool_choice="required"))
+    constraint = tools.constraint()
+    assert constraint is not None
+    schema = json.loads(constraint.text)
+    first, second = (call["properties"]["arguments"] for call in schema["items"]["anyOf"])
+    assert first["properties"]["a"] == {"$ref": "#/$defs/I"}
+    assert first["additionalProperties"] is False
+    assert second == {"type": "object", "properties": {}, "additionalProperties": False}
+    assert schema["$defs"]["I"] == {**inner, "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("members", "choice", "names"),
+    [
+        ({}, "none", set()),
+        ({"tools": [tool("f")]}, "auto", {"f"}),
+        ({"tools": [tool("f")], "tool_choice": "none"}, "none", set()),
+        ({"tools": [tool("f"), tool("g")], "tool_choice": "required"}, "forced", {"f", "g"}),
+        ({"tools": [tool("f"), tool("g")], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+         "forced", {"g"}),
+    ],
+    ids=["no tools", "auto", "none", "required", "named"],
+)  # fmt: skip
+def test_a_choice_of_tools(members: dict[str, Any], choice: str, names: set[str]) -> None:
+    tools = read_tools(request(**members))
+    assert tools.choice == choice
+    assert set(tools.names) == names
+
+
+def test_a_tool_that_is_not_there_is_named() -> None:
+    with pytest.raises(InvalidParameterError) as bad:
+        read_tools(request(tools=[tool("f")], tool_choice={"type": "function", "function": {"name": "g"}}))
+    assert bad.value.param == "tool_choice.function.name"
