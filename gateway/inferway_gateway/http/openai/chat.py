@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from time import perf_counter
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,6 +32,7 @@ from ...core.errors import (
 from ...core.generation import Delta, GenerationRequest, TextGenerator, Usage
 from ...core.served import ServedVersion
 from ..callers import while_there
+from ..routing import header_fields
 from .asking import (
     chat_prompt,
     each_choice,
@@ -46,6 +47,7 @@ from .frames import KEEP_ALIVE, ChatWriter, CompletionWriter, Writer, error_even
 from .reading import read
 from .targets import Reference, answered, granted_s, parse_reference, unknown
 from .tools import read_tools
+from .tracing import Span
 
 logger = logging.getLogger("inferway.http")
 
@@ -160,6 +162,8 @@ async def _answer(
     started: float,
 ) -> Response:
     scope = request.scope
+    operation = "chat" if isinstance(body, contract.ChatCompletionRequest) else "text_completion"
+    span = Span(operation, body, header_fields(scope))
 
     async def attempt(served: ServedVersion) -> _Answering:
         generator = _generator(served, reference)
@@ -182,8 +186,13 @@ async def _answer(
     n = body.n or 1
     if not body.stream:
         work = answered(scope, reference, attempt, started=started)
-        answering = await while_there(scope, request.receive, work)
+        try:
+            answering = await while_there(scope, request.receive, work)
+        except BaseException as error:
+            span.end(_code(error))
+            raise
         answering.served.stats.finished(perf_counter() - started, None)
+        answering.tell(span, n, None)
         return Response(answering.writer.body(answering.usage(n)), media_type="application/json")
     begun: list[_Answering] = []
 
@@ -192,11 +201,18 @@ async def _answer(
 
     try:
         await while_there(scope, request.receive, begin())
-    except BaseException:
+    except BaseException as error:
+        span.end(_code(error))
         for answering in begun:  # it was left between its first piece and here
             await answering.close()
         raise
-    return EventStream(begun[0], n, usage=_wants_usage(body), words=words, started=started)
+    return EventStream(begun[0], n, usage=_wants_usage(body), words=words, started=started, span=span)
+
+
+def _code(error: BaseException) -> str:
+    if isinstance(error, GatewayError):
+        return error.code
+    return CancelledByCallerError.code if isinstance(error, asyncio.CancelledError) else InternalError.code
 
 
 def _generator(served: ServedVersion, reference: Reference) -> TextGenerator:
@@ -263,8 +279,12 @@ class _Answering:
                     self._count(index, delta)
                 yield event(index, delta)
 
-    def usage(self, n: int) -> dict[str, object]:
+    def usage(self, n: int) -> dict[str, Any]:
         return usage_body([usage or Usage(0, 0) for usage in self._usages], n)
+
+    def tell(self, span: Span, n: int, error: str | None) -> None:
+        """End the request's span with what came of it."""
+        span.end(error, self.usage(n), self.writer.reasons, self.served.version)
 
     async def close(self) -> None:
         """End it, and give its places back."""
@@ -333,7 +353,9 @@ class EventStream(Response):
         usage: an event has the usage before the end.
     """
 
-    def __init__(self, answering: _Answering, n: int, *, usage: bool, words: _Words, started: float) -> None:
+    def __init__(
+        self, answering: _Answering, n: int, *, usage: bool, words: _Words, started: float, span: Span
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._answering = answering
@@ -341,6 +363,7 @@ class EventStream(Response):
         self._usage = usage
         self._words = words
         self._started = started
+        self._span = span
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answering = self._answering
@@ -352,6 +375,7 @@ class EventStream(Response):
         finally:
             await answering.close()
             answering.served.stats.finished(perf_counter() - self._started, code)
+            answering.tell(self._span, self._n, code)
 
     async def _send(self, scope: Scope, send: Send) -> str | None:
         """Send all there is; gives the code of what went wrong on the way."""

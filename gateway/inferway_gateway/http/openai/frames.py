@@ -49,7 +49,13 @@ def usage_body(usages: Sequence[Usage], n: int) -> dict[str, Any]:
 
 
 class Writer(Protocol):
-    """Writes the answers to one request. Each ``delta`` is given to it as it comes."""
+    """Writes the answers to one request. Each ``delta`` is given to it as it comes.
+
+    Attributes:
+        reasons: why each answer ended; None where it has not.
+    """
+
+    reasons: list[str | None]
 
     def opening(self) -> bytes:
         """Events before the first piece."""
@@ -110,7 +116,7 @@ class ChatWriter:
         self._texts: list[list[str]] = [[] for _ in range(n)]
         self._calls: list[list[dict[str, Any]]] = [[] for _ in range(n)]
         self._tokens: list[list[ChosenLogprob]] = [[] for _ in range(n)]
-        self._reasons: list[str | None] = [None] * n
+        self.reasons: list[str | None] = [None] * n
 
     def opening(self) -> bytes:
         return b"".join(
@@ -126,7 +132,8 @@ class ChatWriter:
             events.append(self._event(index, {"content": text}, logprobs=delta.logprobs))
         events += (self._event(index, {"tool_calls": [_piece(piece)]}) for piece in pieces)
         if delta.finish_reason is not None:
-            events.append(self._event(index, {}, self._reason(index, delta)))
+            self.reasons[index] = reason = self._reason(index, delta)
+            events.append(self._event(index, {}, reason))
         return b"".join(events)
 
     def closing(self, usage: dict[str, Any] | None) -> bytes:
@@ -146,7 +153,7 @@ class ChatWriter:
                 calls[piece.index]["function"]["arguments"] += piece.arguments
         self._tokens[index] += delta.logprobs
         if delta.finish_reason is not None:
-            self._reasons[index] = self._reason(index, delta)
+            self.reasons[index] = self._reason(index, delta)
 
     def body(self, usage: dict[str, Any]) -> bytes:
         choices = []
@@ -162,7 +169,7 @@ class ChatWriter:
                     "index": index,
                     "message": message,
                     "logprobs": _chat_logprobs(self._tokens[index]) if self._logprobs else None,
-                    "finish_reason": self._reasons[index],
+                    "finish_reason": self.reasons[index],
                 }
             )
         members = {**self._head.members, "object": "chat.completion", "choices": choices, "usage": usage}
@@ -239,7 +246,7 @@ class CompletionWriter:
         self._post = b',"logprobs":null,"finish_reason":null}' + self._head.end
         self._texts: list[list[str]] = [[text] if text else [] for text in echoed]
         self._tokens: list[list[ChosenLogprob]] = [[] for _ in echoed]
-        self._reasons: list[str | None] = [None] * self._n
+        self.reasons: list[str | None] = [None] * self._n
         self._offsets = [len(text) for text in echoed]
 
     def opening(self) -> bytes:
@@ -248,6 +255,7 @@ class CompletionWriter:
     def event(self, index: int, delta: Delta) -> bytes:
         if delta.finish_reason is None and not delta.logprobs:
             return self._pre[index] + orjson.dumps(delta.text) + self._post if delta.text else b""
+        self.reasons[index] = delta.finish_reason
         return self._event(index, delta.text, delta.finish_reason, delta.logprobs)
 
     def closing(self, usage: dict[str, Any] | None) -> bytes:
@@ -257,7 +265,7 @@ class CompletionWriter:
         self._texts[index].append(delta.text)
         self._tokens[index] += delta.logprobs
         if delta.finish_reason is not None:
-            self._reasons[index] = delta.finish_reason
+            self.reasons[index] = delta.finish_reason
 
     def body(self, usage: dict[str, Any]) -> bytes:
         choices = [
@@ -265,7 +273,7 @@ class CompletionWriter:
                 "index": index,
                 "text": "".join(self._texts[index]),
                 "logprobs": self._listed(index, self._tokens[index]) if self._logprobs is not None else None,
-                "finish_reason": self._reasons[index],
+                "finish_reason": self.reasons[index],
             }
             for index in range(self._n)
         ]
