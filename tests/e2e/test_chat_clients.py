@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import openai
 import pytest
 from langchain_openai import ChatOpenAI
@@ -262,3 +264,21 @@ def test_an_answer_is_as_the_contract_describes_it(gateway: LiveGateway) -> None
     assert status == 200
     contract.ChatCompletion.model_validate(answer)
     assert headers["Inferway-Model-Version"] == "1"
+
+
+def test_a_stream_ends_whole_when_the_gateway_is_told_to_end(tmp_path: Path) -> None:
+    shutil.copytree(MODELS / MODEL, tmp_path / "models" / MODEL)
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with run_gateway(
+        tmp_path / "models", tmp_path / "state", environment={"INFERWAY_DRAIN_TIMEOUT_S": "30"}
+    ) as running:
+        headers = {"Authorization": f"Bearer {running.make_key('infer')}"}
+        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body, headers=headers, timeout=60) as got:
+            lines = got.iter_lines()
+            first = next(lines)
+            running.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert running.process.wait(30) == 0
+    assert '"role":"assistant"' in first
+    assert rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in rest[-2]
