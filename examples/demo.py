@@ -262,6 +262,7 @@ The key is shown here only."""
 NEXT: Final = """
   make serve                      leave the gateway running: call it with curl, chat with it
   docs/getting-started.md         serve a model of your own, in five minutes
+  docs/sdk-text.md                chat, extract and embed from Python and in the terminal
   .venv/bin/inferway serve --help"""
 
 
