@@ -57,7 +57,7 @@ class HeldOpener:
             await self.held.wait()
         if self.fails is not None:
             raise self.fails
-        path = self._folder / f"{record.version}.onnx"
+        path = self._folder / f"{record.model}-{record.version}.onnx"  # its own: another may be read meanwhile
         path.write_bytes(models.add_one(4, record.version))
         artifact = Artifact(record.model, record.version, path)
         return Opened(artifact.config, await asyncio.to_thread(self._backend.open, artifact))
