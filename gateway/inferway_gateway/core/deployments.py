@@ -634,7 +634,13 @@ class _Course:
             if commit.cancelled() or commit.exception() is not None:
                 raise
         except StoreUnavailableError:
-            if not await self._is_committed():
+            # In a task: whoever sees in the catalog that it has ended cancels this one, and must not undo it thereby.
+            asked = asyncio.create_task(self._is_committed())
+            try:
+                await asyncio.shield(asked)
+            except asyncio.CancelledError:
+                await asyncio.wait((asked,))
+            if not asked.result():
                 raise
         self._committed = True
         await self._publish()
@@ -644,6 +650,8 @@ class _Course:
         while True:
             with suppress(StoreUnavailableError):
                 return (await self._catalog.deployment(self._deployment.id)).state == "succeeded"
+            if self._deployer._closing:
+                return False  # what is undone of a version that the catalog has is made again at the next start
             await asyncio.sleep(self._deployer.poll_s)
 
     async def _publish(self) -> None:
