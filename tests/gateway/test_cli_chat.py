@@ -277,3 +277,24 @@ def test_ctrl_c_without_a_terminal_ends_the_command(server: ScriptedServer) -> N
         assert os.read(process.stdout.fileno(), 100) == b"Once upon"
         process.send_signal(signal.SIGINT)
         assert process.wait(WAIT_S) == 130
+
+
+OPERATORS = ("sqlalchemy", "pydantic_settings", "starlette", "uvicorn", "onnxruntime", "tokenizers", "jinja2")
+BARE = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPERATORS!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+from inferway_gateway.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_it_needs_the_client_alone(server: ScriptedServer) -> None:
+    server.script = [streamed("Hel", "lo")]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, "chat", "smol", "Hi", "--quiet"], capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Hello\n", "")
