@@ -62,7 +62,7 @@ class LocalLink:
         self._engine: Engine | None = engine
 
     def problem(self) -> str | None:
-        return None
+        return "its engine has failed" if self._engine is not None and self._engine.broken else None
 
     def submit(self, order: Order) -> None:
         if self._engine is None:

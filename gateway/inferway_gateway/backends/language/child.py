@@ -79,6 +79,6 @@ def _open(
 
     options = GenerationOptions(**order["options"])
     package = read_package(Path(f"/proc/self/fd/{fds[1]}"), options)
-    opened = open_engine(package, options, order["threads"], emit)
+    opened = open_engine(package, options, order["threads"], emit, on_defect=lambda: os._exit(70))
     answer = {"context_length": opened.engine.context_length, "layers": layers, "missing": missing}
     return opened.engine, answer

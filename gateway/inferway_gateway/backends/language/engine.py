@@ -106,6 +106,7 @@ class Engine:
     Args:
         ends: tokens that end an answer.
         emit: gets what each step gave. Called on the engine's threads, one call at a time; must not block.
+        on_defect: called when the engine failed in a way that no request explains, after all were told.
     """
 
     def __init__(
@@ -118,8 +119,10 @@ class Engine:
         context_length: int,
         emit: Callable[[Report], None],
         *,
+        on_defect: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._on_defect = on_defect
         self._runtime = runtime
         self._vocabulary = vocabulary
         self._grammars = grammars
@@ -142,15 +145,33 @@ class Engine:
         self._early: set[int] = set()
         self._served: dict[str, float] = {}
         """Key to tokens that were worked on for it, as of its first request since it had none; see ``_rank``."""
+        self._inside = 0
+        """Sequences that were let in and have not left."""
         self._held = 0
         self._steps = 0
         self._freed: list[int] = []
         self._closing = False
+        self.broken = False
+        """A thread has ended of a defect: nothing is answered any more."""
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="inferway-grammars")
         self._threads = [
-            threading.Thread(target=work, name=name, daemon=True)
+            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             for work, name in ((self._read_prompts, "inferway-read"), (self._write_answers, "inferway-write"))
         ]
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            _log.exception("an engine has failed")
+            self.broken = True
+            with self._changed:
+                left = list(self._known)
+                self._known.clear()
+                self._closing = True
+                self._changed.notify_all()
+            self._tell([Failure.of(number, InternalError("internal error")) for number in left])
+            self._on_defect()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -231,7 +252,7 @@ class Engine:
                 self._early.discard(number)
                 del self._known[number]
                 return
-            free = len(self._reading) + len(self._joining) + len(self._running) < self._limits.sequences
+            free = self._inside < self._limits.sequences
             if len(self._waiting) >= self._limits.waiting + (self._limits.sequences if free else 0):
                 raise QueueFullError(f"{len(self._waiting)} requests wait already", retry_after_s=1.0)
             key = sequence.order.request.key_id
@@ -312,7 +333,7 @@ class Engine:
     def _let_in(self) -> None:
         """Holds the lock."""
         while self._waiting:
-            if len(self._reading) + len(self._joining) + len(self._running) >= self._limits.sequences:
+            if self._inside >= self._limits.sequences:
                 return
             sequence = min(self._waiting, key=self._rank)
             # Nobody passes the first in line by being smaller: it would never come in.
@@ -320,6 +341,7 @@ class Engine:
                 return
             self._waiting.remove(sequence)
             self._held += sequence.need
+            self._inside += 1
             self._prefixes.make_room(max(self._limits.kv_bytes - self._held, 0))
             self._reading.append(sequence)
 
@@ -329,6 +351,7 @@ class Engine:
         sequence.arrays = []
         if let_in:
             self._held -= sequence.need
+            self._inside -= 1
         if sequence.cancelled_at is not None:
             self._freed.append(self._steps - sequence.cancelled_at)
         self._changed.notify_all()
@@ -514,7 +537,7 @@ class Engine:
         with self._changed:
             freed, self._freed = tuple(self._freed), []
             gauges = Gauges(
-                len(self._running) + len(self._joining) + len(self._reading),
+                self._inside,
                 len(self._waiting),
                 self._held + self._prefixes.nbytes,
                 self._steps,

@@ -31,13 +31,19 @@ class Opened:
     vocabulary: Vocabulary
 
 
-def open_engine(package: Package, options: GenerationOptions, threads: int, emit: Callable[[Report], None]) -> Opened:
+def open_engine(
+    package: Package,
+    options: GenerationOptions,
+    threads: int,
+    emit: Callable[[Report], None],
+    on_defect: Callable[[], None] = lambda: None,
+) -> Opened:
     """Load a model. Blocks.
 
     Args:
         options: with ``kv_cache_bytes`` said.
         threads: inside one run.
-        emit: see ``Engine``.
+        emit, on_defect: see ``Engine``.
     Raises:
         ModelLoadError: it cannot be loaded, or is none that the engine can run.
     """
@@ -50,7 +56,9 @@ def open_engine(package: Package, options: GenerationOptions, threads: int, emit
     runtime = Runtime(package, report, threads=threads)
     limits = EngineLimits(options.max_sequences, options.max_waiting, options.wait_s, options.kv_cache_bytes)
     grammars = Grammars(package.tokenizer, package.ends, package.vocabulary_size)
-    engine = Engine(runtime, vocabulary, grammars, package.ends, limits, package.context_length, emit)
+    engine = Engine(
+        runtime, vocabulary, grammars, package.ends, limits, package.context_length, emit, on_defect=on_defect
+    )
     return Opened(engine, vocabulary)
 
 

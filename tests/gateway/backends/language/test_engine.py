@@ -8,8 +8,15 @@ import time
 import numpy as np
 import pytest
 
+from inferway_gateway.backends.language.backend import LocalLink
 from inferway_gateway.backends.language.generator import Generator
-from inferway_gateway.core.errors import DeadlineExceededError, GatewayError, QueueFullError, ShuttingDownError
+from inferway_gateway.core.errors import (
+    DeadlineExceededError,
+    GatewayError,
+    InternalError,
+    QueueFullError,
+    ShuttingDownError,
+)
 from inferway_gateway.core.generation import Constraint, GenerationRequest, Sampling
 
 from .conftest import GREEDY, PROMPT, OpenModel, Whole, ask, read, until
@@ -124,6 +131,39 @@ async def test_requests_beyond_the_memory_wait_for_their_turn(open_language: Ope
     answers = await asyncio.gather(*(ask(tiny, PROMPT, 100, ignore_end=True, key_id=str(n)) for n in range(6)))
     assert {len(whole.tokens) for whole in answers} == {100}
     assert len({whole.tokens for whole in answers}) == 1
+
+
+async def test_there_are_never_more_answers_than_places_however_they_come_and_go(open_language: OpenModel) -> None:
+    tiny = await open_language(max_sequences=3)
+    jobs = [(tuple(range(5, 6 + size)), length) for size in (0, 1, 30, 260) for length in (1, 2, 17)]
+    alone = [(await ask(tiny, prompt, length, ignore_end=True, key_id="alone")).tokens for prompt, length in jobs]
+
+    async def coming(number: int) -> None:
+        for turn in range(len(jobs)):
+            index = (5 * turn + number) % len(jobs)
+            prompt, length = jobs[index]
+            if turn % 3 == 2:
+                await read(tiny.generate(GenerationRequest(prompt, 50, GREEDY, ignore_end=True)), 2)
+            else:
+                whole = await ask(tiny, prompt, length, ignore_end=True, key_id=str(number))
+                assert whole.tokens == alone[index]
+            assert tiny.stats.running <= 3
+
+    await asyncio.gather(*map(coming, range(8)))
+    await until(lambda: tiny.stats.running == 0)
+    assert tiny.problem() is None
+
+
+async def test_a_defect_of_the_engine_is_told_to_everybody(tiny: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    going_on = asyncio.create_task(ask(tiny, PROMPT, 1900, ignore_end=True))
+    await until(lambda: tiny.stats.running == 1)
+    link = tiny._link
+    assert isinstance(link, LocalLink)
+    assert link._engine is not None
+    monkeypatch.setattr(link._engine, "_leave", lambda gone: 1 / 0)
+    with pytest.raises(InternalError):
+        await going_on
+    await until(lambda: tiny.problem() is not None)
 
 
 async def test_who_waits_too_long_is_refused_and_nobody_else(open_language: OpenModel) -> None:
