@@ -21,6 +21,7 @@ SIMPLE = {
         {"name": name, "datatype": "INT32", "shape": [1, 16], "data": list(range(16))} for name in ("INPUT0", "INPUT1")
     ]
 }
+CHAT = {"model": "simple", "messages": [{"role": "user", "content": "Hi"}]}
 # What HTTP itself or every answer of the gateway has.
 GENERAL = {
     "date", "content-type", "content-length", "connection", "vary", "x-content-type-options", "cache-control",
@@ -50,6 +51,15 @@ CALLS: list[tuple[str, str, Any, int, type[BaseModel] | None, str]] = [
     ("GET", "/v2/models/nothing", None, 404, models.Error, "/v2/models/{model}"),
     ("GET", "/v2/models/simple/versions/9", None, 404, models.Error, "/v2/models/{model}/versions/{version}"),
     ("POST", "/v2/models/simple/infer", {"inputs": []}, 400, models.Error, "/v2/models/{model}/infer"),
+    ("GET", "/v1/models", None, 200, models.OpenAIModelList, "/v1/models"),
+    ("GET", "/v1/models/simple", None, 200, models.OpenAIModel, "/v1/models/{id}"),
+    ("GET", "/v1/models/simple/versions/2", None, 200, models.OpenAIModel, "/v1/models/{id}"),
+    ("GET", "/v1/models/some/where/else", None, 404, models.OpenAIError, "/v1/models/{id}"),
+    ("POST", "/v1/chat/completions", {}, 400, models.OpenAIError, "/v1/chat/completions"),
+    ("POST", "/v1/chat/completions", CHAT, 400, models.OpenAIError, "/v1/chat/completions"),
+    ("POST", "/v1/chat/completions", {**CHAT, "model": "nobody"}, 404, models.OpenAIError, "/v1/chat/completions"),
+    ("POST", "/v1/completions", {"model": "simple", "prompt": "x"}, 400, models.OpenAIError, "/v1/completions"),
+    ("POST", "/v1/embeddings", {"model": "simple", "input": "x"}, 400, models.OpenAIError, "/v1/embeddings"),
     ("GET", "/metrics", None, 200, None, "/metrics"),
     ("GET", "/docs", None, 200, None, "/docs"),
     ("GET", "/openapi.json", None, 200, None, "/openapi.json"),
