@@ -247,9 +247,9 @@ def test_aliases_are_listed(said: Any, server: ScriptedServer) -> None:
     assert json.loads(said("models", "alias", "list", "churn", "--json")[1])[0]["alias"] == "stable"
 
 
-POINTED = {"weights": {"4": 5.0, "3": 95.0}, "sticky": "key", "shadow": {"version": 5, "share": 0.1},
+POINTED: dict[str, Any] = {"weights": {"4": 5.0, "3": 95.0}, "sticky": "key", "shadow": {"version": 5, "share": 0.1},
            "fallback": [2, 1], "guard": {"window_s": 60.0}}  # fmt: skip
-PLAIN = {"weights": {"1": 100.0}, "sticky": "none", "shadow": None, "fallback": [], "guard": None}
+PLAIN: dict[str, Any] = {"weights": {"1": 100.0}, "sticky": "none", "shadow": None, "fallback": [], "guard": None}
 
 
 def test_the_history_says_who_did_what_when(said: Any, server: ScriptedServer) -> None:
