@@ -10,9 +10,12 @@ Ends with 0 when everything asked for could be measured, whatever came out: no t
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
+from pathlib import Path
 
 import bench_batching
+import bench_embeddings
 import bench_fronts
 import bench_http
 import bench_lifecycle
@@ -29,21 +32,30 @@ BENCHMARKS = {
     "batching": bench_batching.run,
     "fronts": bench_fronts.run,
     "lifecycle": bench_lifecycle.run,
+    "embeddings": bench_embeddings.run,
 }
+SCRIPTS = {"isolation": "bench_isolation.py", "generation": "bench_generation.py"}
+"""Those that measure inside their own process, so that each has a fresh one; they print their own figures."""
+NAMES = (*BENCHMARKS, *SCRIPTS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all when none is named")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all when none is named")
     add_arguments(parser)
     arguments = parser.parse_args()
-    if unknown := set(arguments.names) - set(BENCHMARKS):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    if unknown := set(arguments.names) - set(NAMES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     print_machine()
     reports: list[Report] = []
     failed = []
-    for name in arguments.names or BENCHMARKS:
-        print(f"\n=== {name} ===")
+    for name in arguments.names or NAMES:
+        print(f"\n=== {name} ===", flush=True)
+        if name in SCRIPTS:
+            script = Path(__file__).with_name(SCRIPTS[name])
+            if subprocess.run([sys.executable, script, "--rounds", str(arguments.rounds)], check=False).returncode:
+                failed.append(name)
+            continue
         try:
             report = BENCHMARKS[name](parsed(arguments))
         except BenchError as error:
