@@ -37,6 +37,8 @@ MAX_PATH_BYTES: Final = 512
 MAX_NAME_BYTES: Final = 255
 _DIRECTORY: Final = re.compile(r"([1-9][0-9]{0,9})-([0-9a-f]{16})")
 _TEMPORARY: Final = ".new-"
+_TRIES: Final = 100
+"""How often others may put something that lacks files in a version's place before its maker gives up."""
 _TEMPORARY_AGE_S: Final = 3600.0
 _NO_LINK: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES})
 """Where a hard link is not to be had, and a copy is."""
@@ -208,8 +210,6 @@ def _lay_out(target: Path, files: Sequence[FileRef], sources: dict[str, Path]) -
     model = target.parent
     building = _begin(model)
     try:
-        if os.path.lexists(target):
-            _remove(target)  # it was found to lack something
         folders = {building}
         for file in files:
             path = building / file.path
@@ -218,16 +218,27 @@ def _lay_out(target: Path, files: Sequence[FileRef], sources: dict[str, Path]) -
             _link(sources[file.digest], path)
         for folder in folders:
             folder.chmod(0o500)
-        try:
-            building.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _is_whole(target, files):
-                raise
-            _remove(building)  # another process was first
+        _put_in_place(building, target, files)
         sync_directory(model)
     except BaseException:
         _remove(building)
         raise
+
+
+def _put_in_place(building: Path, target: Path, files: Sequence[FileRef]) -> None:
+    """Give a finished directory its name. One that is whole is left alone: somebody was first, and may be using it."""
+    for _ in range(_TRIES):
+        try:
+            building.rename(target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            if _is_whole(target, files):
+                _remove(building)
+                return
+        _remove(target)  # it lacks something
+    raise OSError(errno.EBUSY, "the version's directory is made anew without end", str(target))
 
 
 def _begin(model: Path) -> Path:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 
 from inferway_gateway.core.catalog import AliasSpec, FileRef, VersionRecord, VersionSpec
 from inferway_gateway.core.errors import BlobNotFoundError, InsufficientStorageError, InvalidParameterError
+from inferway_gateway.store import versions
 from inferway_gateway.store.blobs import StorageLimits
 from inferway_gateway.store.catalog import SqlCatalog, open_catalog
 from inferway_gateway.store.storage import Storage, open_storage
@@ -185,6 +186,24 @@ class TestLayingOut:
         found = await asyncio.gather(*(place.versions.materialise(version) for _ in range(8)))
         assert len(set(found)) == 1
         assert place.directories() == [f"m/{found[0].name}"]
+
+    async def test_leaves_alone_what_somebody_else_has_made_meanwhile(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        version = await place.deploy()
+        first = await place.versions.materialise(version)
+        made = first.stat().st_ino
+        real = versions._is_whole
+        looks: list[Path] = []
+
+        def late(directory: Path, files: Sequence[FileRef]) -> bool:
+            looks.append(directory)
+            return len(looks) > 1 and real(directory, files)
+
+        monkeypatch.setattr(versions, "_is_whole", late)
+        assert await place.versions.materialise(version) == first
+        assert first.stat().st_ino == made
+        assert place.directories() == [f"m/{first.name}"]
 
     async def test_copies_where_nothing_can_be_linked(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
         def link(*_: Any, **__: Any) -> None:
