@@ -213,6 +213,7 @@ class CallParser:
         self._escaped = False
         self._began = ""  # what is given back as text where no call follows
         self._spoke = False  # there was text since the last call
+        self._found = False  # there was a call since it was last looked for
         self.calls = 0
 
     def push(self, text: str) -> tuple[str, list[CallPiece]]:
@@ -264,9 +265,10 @@ class CallParser:
         found = [(at, marker) for marker in _MARKERS if (at := held.find(marker)) >= 0]
         if found:
             at, marker = min(found)
-            content.append(held[:at] if self._spoke or held[:at].strip() else "")
-            self._began, self._held = marker, held[at + len(marker) :]
-            self._state = "calls"
+            said = held[:at] if self._spoke or held[:at].strip() else ""
+            content.append(said)
+            self._began, self._held = held[len(said) : at] + marker, held[at + len(marker) :]
+            self._state, self._found = "calls", False
             return True
         keep = 0
         if not over:
@@ -347,6 +349,8 @@ class CallParser:
 
     def _between(self, held: str, at: int, content: list[str], *, over: bool) -> bool:
         rest = held[at:]
+        if not self._found and not self._forced:  # brackets around nothing are an answer like any other
+            return self._no_call(content)
         for end in _ENDS:
             if rest.startswith(end):
                 self._held, self._began = rest[len(end) :], ""
@@ -367,7 +371,7 @@ class CallParser:
             return False
 
     def _begin(self, name: str) -> CallPiece:
-        self._began, self._spoke = "", False
+        self._began, self._spoke, self._found = "", False, True
         piece = CallPiece(self.calls, "", call_id(), name)
         self.calls += 1
         return piece

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferway_contract import models as contract
@@ -71,14 +71,24 @@ def test_a_text_means_the_same_however_it_is_cut(
     assert parse(text, forced, list(range(len(text)))) == (content, calls)
 
 
-@given(st.text(alphabet='<tool_call>/{}[]",: \\nam"fTOOL_CALLS', max_size=60), st.lists(st.integers(0, 60)))
+PARTS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", '{"name": "f", "arguments": {', '"f"', *'<tool_call>/{}[]",: \\n']
+
+
+@settings(max_examples=1000)
+@given(st.lists(st.sampled_from(PARTS), max_size=30).map("".join), st.lists(st.integers(0, 200)))
 def test_no_text_is_lost_where_nothing_is_called(text: str, cuts: list[int]) -> None:
     parser = CallParser({"no such function"}, forced=False)
     ends = [*sorted({min(cut, len(text)) for cut in cuts}), len(text)]
     said = "".join(parser.push(text[a:b])[0] for a, b in zip([0, *ends], ends, strict=False))
     said += parser.finish()[0]
-    assert said == text or "tool_call>" in text or "[TOOL_CALLS]" in text
+    assert said == text
     assert not parser.calls
+
+
+@pytest.mark.parametrize("text", ["[]", " [ ] is empty", "<tool_call></tool_call>", "[TOOL_CALLS] []", "\n<tool_call>[]"])
+def test_brackets_around_nothing_are_said(text: str) -> None:
+    for cuts in ([], list(range(len(text)))):
+        assert parse(text, False, cuts) == (text, [])
 
 
 def request(**members: Any) -> contract.ChatCompletionRequest:
