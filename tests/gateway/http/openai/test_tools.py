@@ -71,7 +71,14 @@ def test_a_text_means_the_same_however_it_is_cut(
     assert parse(text, forced, list(range(len(text)))) == (content, calls)
 
 
-PARTS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", '{"name": "f", "arguments": {', '"f"', *'<tool_call>/{}[]",: \\n']
+PARTS = [
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    '{"name": "f", "arguments": {',
+    '"f"',
+    *'<tool_call>/{}[]",: \\n',
+]
 
 
 @settings(max_examples=1000)
@@ -85,7 +92,9 @@ def test_no_text_is_lost_where_nothing_is_called(text: str, cuts: list[int]) -> 
     assert not parser.calls
 
 
-@pytest.mark.parametrize("text", ["[]", " [ ] is empty", "<tool_call></tool_call>", "[TOOL_CALLS] []", "\n<tool_call>[]"])
+@pytest.mark.parametrize(
+    "text", ["[]", " [ ] is empty", "<tool_call></tool_call>", "[TOOL_CALLS] []", "\n<tool_call>[]"]
+)
 def test_brackets_around_nothing_are_said(text: str) -> None:
     for cuts in ([], list(range(len(text)))):
         assert parse(text, False, cuts) == (text, [])
