@@ -47,7 +47,7 @@ from .frames import KEEP_ALIVE, ChatWriter, CompletionWriter, Writer, error_even
 from .reading import read
 from .targets import Reference, answered, granted_s, parse_reference, unknown
 from .tools import read_tools
-from .tracing import Span
+from .tracing import Span, code_of
 
 logger = logging.getLogger("inferway.http")
 
@@ -189,7 +189,7 @@ async def _answer(
         try:
             answering = await while_there(scope, request.receive, work)
         except BaseException as error:
-            span.end(_code(error))
+            span.end(code_of(error))
             raise
         answering.served.stats.finished(perf_counter() - started, None)
         answering.tell(span, n, None)
@@ -202,17 +202,11 @@ async def _answer(
     try:
         await while_there(scope, request.receive, begin())
     except BaseException as error:
-        span.end(_code(error))
+        span.end(code_of(error))
         for answering in begun:  # it was left between its first piece and here
             await answering.close()
         raise
     return EventStream(begun[0], n, usage=_wants_usage(body), words=words, started=started, span=span)
-
-
-def _code(error: BaseException) -> str:
-    if isinstance(error, GatewayError):
-        return error.code
-    return CancelledByCallerError.code if isinstance(error, asyncio.CancelledError) else InternalError.code
 
 
 def _generator(served: ServedVersion, reference: Reference) -> TextGenerator:
@@ -266,12 +260,13 @@ class _Answering:
             await self._shut()
             raise
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    async def events(self, span: Span) -> AsyncGenerator[bytes]:
         """The events of all pieces, the first one's first."""
         assert self._first is not None
         event = self.writer.event
         with suppress(StopAsyncIteration):
             index, delta = await self._first
+            span.began()
             self._count(index, delta)
             yield event(index, delta)
             async for index, delta in self._pieces:
@@ -284,7 +279,14 @@ class _Answering:
 
     def tell(self, span: Span, n: int, error: str | None) -> None:
         """End the request's span with what came of it."""
-        span.end(error, self.usage(n), self.writer.reasons, self.served.version)
+        span.end(
+            error,
+            self.usage(n),
+            self.writer.reasons,
+            self.served.version,
+            model=self.served.name,
+            identity=self.writer.identity,
+        )
 
     async def close(self) -> None:
         """End it, and give its places back."""
@@ -387,7 +389,7 @@ class EventStream(Response):
         keeping = asyncio.create_task(line.keep_alive(), name="inferway-keep-alive")
         failure: GatewayError | None = None
         try:
-            async with aclosing(answering.events()) as events:
+            async with aclosing(answering.events(self._span)) as events:
                 async for event in events:
                     if event:
                         await line.write(event)

@@ -21,8 +21,10 @@ from ...core.errors import InvalidParameterError
 from ...core.generation import Ranking
 from ...core.served import ServedVersion
 from ..callers import while_there
+from ..routing import header_fields
 from .reading import read
 from .targets import answered, granted_s, parse_reference
+from .tracing import Span, code_of
 
 _Result = TypeVar("_Result")
 _OFF_LOOP_NUMBERS: Final = 16_384
@@ -39,7 +41,13 @@ async def embeddings(request: Request) -> Response:
             inputs, dimensions=body.dimensions, kind=body.input_type, deadline=deadline, param=_name(body.input)
         )
 
-    encoded = await _by_encoder(request, body.model, "embeddings", work, started)
+    span = Span("embeddings", body, header_fields(request.scope))
+    try:
+        served, encoded = await _by_encoder(request, body.model, "embeddings", work, started)
+    except BaseException as error:
+        span.end(code_of(error))
+        raise
+    span.end(None, _usage(encoded.tokens), version=served.version, model=served.name)
     packed = body.encoding_format == "base64"
 
     def write() -> bytes:
@@ -59,7 +67,7 @@ async def rerank(request: Request) -> Response:
     def work(encoder: TextEncoder, deadline: float | None) -> Coroutine[Any, Any, Ranking]:
         return encoder.rerank(body.query, documents, deadline=deadline)
 
-    ranking = await _by_encoder(request, body.model, "a ranking", work, started)
+    _, ranking = await _by_encoder(request, body.model, "a ranking", work, started)
     # By falling score, and where two are equal as they came.
     order = sorted(range(len(documents)), key=lambda index: -ranking.scores[index])[: body.top_n]
     results: list[dict[str, Any]] = [{"index": i, "relevance_score": ranking.scores[i]} for i in order]
@@ -92,7 +100,7 @@ async def classify(request: Request) -> Response:
         labels = encoder.spec.labels
         return encoder.classify(inputs, activation=body.activation, deadline=deadline, param=_name(body.input))
 
-    encoded = await _by_encoder(request, body.model, "classes", work, started)
+    _, encoded = await _by_encoder(request, body.model, "classes", work, started)
 
     def write() -> bytes:
         order = np.argsort(-encoded.values, axis=1, kind="stable")[:, : body.top_k]
@@ -111,10 +119,11 @@ async def _by_encoder(
     what: str,
     work: Callable[[TextEncoder, float | None], Coroutine[Any, Any, _Result]],
     started: float,
-) -> _Result:
+) -> tuple[ServedVersion, _Result]:
+    """What an encoder says, and which one it was."""
     scope = request.scope
 
-    async def attempt(served: ServedVersion) -> _Result:
+    async def attempt(served: ServedVersion) -> tuple[ServedVersion, _Result]:
         encoder = encoder_of(served)
         if encoder is None:
             raise InvalidParameterError(f"expected a model that gives {what}, '{served.name}' does not", "model")
@@ -122,7 +131,7 @@ async def _by_encoder(
         deadline = None if left == math.inf else asyncio.get_running_loop().time() + left
         result = await while_there(scope, request.receive, work(encoder, deadline))
         served.stats.finished(perf_counter() - started, None)
-        return result
+        return served, result
 
     return await answered(scope, parse_reference(model), attempt, started=started)
 

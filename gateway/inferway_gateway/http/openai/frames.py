@@ -52,9 +52,11 @@ class Writer(Protocol):
     """Writes the answers to one request. Each ``delta`` is given to it as it comes.
 
     Attributes:
+        identity: the ``id`` of what is answered.
         reasons: why each answer ended; None where it has not.
     """
 
+    identity: str
     reasons: list[str | None]
 
     def opening(self) -> bytes:
@@ -104,8 +106,8 @@ class ChatWriter:
     """
 
     def __init__(self, model: str, n: int, tools: Tools, *, logprobs: bool, usage: bool = False) -> None:
-        self._id = new_id("chatcmpl")
-        self._head = _Head(self._id, "chat.completion.chunk", model, usage=usage)
+        self.identity = new_id("chatcmpl")
+        self._head = _Head(self.identity, "chat.completion.chunk", model, usage=usage)
         self._n = n
         self._logprobs = logprobs
         self._pre = [self._head.start + b'{"index":%d,"delta":{"content":' % index for index in range(n)]
@@ -238,7 +240,8 @@ class CompletionWriter:
     """
 
     def __init__(self, model: str, echoed: Sequence[str], *, logprobs: int | None = None, usage: bool = False) -> None:
-        self._head = _Head(new_id("cmpl"), "text_completion", model, usage=usage)
+        self.identity = new_id("cmpl")
+        self._head = _Head(self.identity, "text_completion", model, usage=usage)
         self._echoed = echoed
         self._n = len(echoed)
         self._logprobs = logprobs
