@@ -5,6 +5,16 @@
       ClientClosedError                        also RuntimeError
       InvalidInputError                        also ValueError: inputs do not fit the model's signature
       DeploymentFailedError                    a deployment ended, and its version does not serve
+      MissingExtraError                        also ImportError: a part of the package that was not installed
+      BuildError                               a model could not be made into one that can be served
+        UnknownFrameworkError                  also TypeError
+        ModelNotBuiltError                     a model whose weights have no shapes yet
+        ExportError                            what it computes cannot be said in ONNX
+          ExportMismatchError                  what was exported computes something else
+        CalibrationError                       also ValueError: calibration data that is missing or does not fit
+      TrainingError                            a training ended without a result
+        TrainingDivergedError                  a loss or a gradient is no number
+        InsufficientResourcesError             also TimeoutError: what was asked for is not there, or not in time
       APIError                                 a call was made and has no result
         APIConnectionError                     no complete answer came
           APITimeoutError                      also TimeoutError: the call's time is over
@@ -48,7 +58,10 @@ from typing import Any, Final, cast
 
 
 class InferwayError(Exception):
-    """Base of everything that the SDK raises on purpose."""
+    """Base of everything that the SDK raises on purpose. All of them can be pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__))
 
 
 class ConfigurationError(InferwayError, ValueError):
@@ -73,9 +86,6 @@ class InvalidInputError(InferwayError, ValueError):
     def __init__(self, message: str, *, tensor: str | None = None) -> None:
         super().__init__(message)
         self.tensor = tensor
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), self.args, self.__dict__))
 
 
 def _rebuild(cls: type[InferwayError], args: tuple[Any, ...], state: dict[str, Any]) -> InferwayError:
@@ -121,6 +131,110 @@ class DeploymentFailedError(InferwayError):
 
 def _shown(deployment: Any) -> str:
     return deployment if isinstance(deployment, str) else f"deployment {deployment.id} of {deployment.model}"
+
+
+class MissingExtraError(InferwayError, ImportError):
+    """A part of the package is used that was not installed; the message says how to.
+
+    Attributes:
+        package: what could not be imported.
+        extra: the extra of ``inferway`` that brings it.
+    """
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self.package = package
+        self.extra = extra
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'inferway[{extra}]'")
+
+
+class BuildError(InferwayError):
+    """A model could not be made into one that can be served."""
+
+
+class UnknownFrameworkError(BuildError, TypeError):
+    """What was given is a model of no framework that is known here."""
+
+
+class ModelNotBuiltError(BuildError):
+    """The model has never seen an input, so that its weights have no shapes yet; or it was never fitted."""
+
+
+class ExportError(BuildError):
+    """What the model computes cannot be said in ONNX.
+
+    Attributes:
+        operator: what cannot be exported; None where the exporter does not say.
+        where: the layer or line that it is in; None where the exporter does not say.
+    """
+
+    def __init__(self, message: str, *, operator: str | None = None, where: str | None = None) -> None:
+        self.operator = operator
+        self.where = where
+        super().__init__(message)
+
+
+class ExportMismatchError(ExportError):
+    """The exported graph computes something else than the model.
+
+    Attributes:
+        output: name of the output that differs most, relative to what is allowed.
+        max_difference: largest absolute difference of an element; infinite where shapes differ.
+        tolerance: what is allowed there.
+        shapes: shapes of the inputs with which it was seen, by name.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        output: str,
+        max_difference: float,
+        tolerance: float,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.output = output
+        self.max_difference = max_difference
+        self.tolerance = tolerance
+        self.shapes = dict(shapes)
+        super().__init__(message)
+
+
+class CalibrationError(BuildError, ValueError):
+    """Data to calibrate or measure with is missing, or does not fit the model's signature."""
+
+
+class TrainingError(InferwayError):
+    """A training ended without a result."""
+
+
+class TrainingDivergedError(TrainingError):
+    """A loss or a gradient is no number, so that the training was stopped.
+
+    Attributes:
+        step: the step, counted from 1 over all epochs.
+        worker: which worker saw it, from 0; None in local training.
+        loss: what it was.
+    """
+
+    def __init__(self, message: str, *, step: int, worker: int | None, loss: float) -> None:
+        self.step = step
+        self.worker = worker
+        self.loss = loss
+        super().__init__(message)
+
+
+class InsufficientResourcesError(TrainingError, TimeoutError):
+    """The cluster has not what was asked for, or did not get it in time.
+
+    Attributes:
+        wanted: resources that were asked for, by Ray's names (``CPU``, ``GPU``, ``memory`` in bytes).
+        available: those that there were at the end of the wait.
+    """
+
+    def __init__(self, message: str, *, wanted: Mapping[str, float], available: Mapping[str, float]) -> None:
+        self.wanted = dict(wanted)
+        self.available = dict(available)
+        super().__init__(message)
 
 
 class APIError(InferwayError):
@@ -183,9 +297,6 @@ class APIError(InferwayError):
     def __repr__(self) -> str:
         facts = ", ".join(f"{name}={getattr(self, name)!r}" for name in _FACTS)
         return f"{type(self).__name__}({self.message!r}, {facts})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), self.args, self.__dict__))
 
 
 _FACTS: Final = ("status_code", "code", "request_id", "attempts", "retryable", "retry_after", "elapsed")

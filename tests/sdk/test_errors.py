@@ -17,6 +17,7 @@ PUBLIC = [
     for name, value in vars(_errors).items()
     if isinstance(value, type) and issubclass(value, inferway.InferwayError)
 ]
+BUILT_IN = {"ImportError", "RuntimeError", "TimeoutError", "TypeError", "ValueError"}
 
 
 def test_every_error_is_public_and_drawn_in_the_tree() -> None:
@@ -24,9 +25,7 @@ def test_every_error_is_public_and_drawn_in_the_tree() -> None:
     for error in PUBLIC:
         assert error.__name__ in inferway.__all__
         assert error.__name__ in drawn
-    assert {name for name in drawn if name not in ("ValueError", "RuntimeError", "TimeoutError")} == {
-        error.__name__ for error in PUBLIC
-    }
+    assert {name for name in drawn if name not in BUILT_IN} == {error.__name__ for error in PUBLIC}
 
 
 def test_every_code_of_the_contract_has_a_class_that_fits_its_status() -> None:
@@ -103,6 +102,10 @@ def test_str_is_short_and_repr_has_every_fact() -> None:
         inferway.InvalidTensorError("bad", status_code=400, code="invalid_tensor", body={"a": 1}),
         inferway.DeadlineExceededError("late", status_code=504, headers={"a": "b"}),
         inferway.DeploymentFailedError("deployment d1 of churn", "admitted", "model_rejected", "no such opset"),
+        inferway.MissingExtraError("torch", "train", "exporting a PyTorch model"),
+        inferway.ExportMismatchError("no", output="y", max_difference=0.2, tolerance=1e-5, shapes={"x": (3, 7)}),
+        inferway.TrainingDivergedError("no", step=3, worker=1, loss=float("inf")),
+        inferway.InsufficientResourcesError("no", wanted={"CPU": 64.0}, available={"CPU": 2.0}),
     ],
 )
 def test_an_error_survives_a_trip_to_another_process(error: inferway.InferwayError) -> None:
@@ -118,6 +121,14 @@ def test_an_error_survives_a_trip_to_another_process(error: inferway.InferwayErr
 )
 def test_a_conflict_of_uploads_says_where_the_gateways_part_ends(body: object, received: int | None) -> None:
     assert inferway.UploadConflictError("no", status_code=409, body=body).received == received
+
+
+def test_a_missing_extra_is_an_import_error_that_says_how_to_install_it() -> None:
+    error = inferway.MissingExtraError("torch", "train", "exporting a PyTorch model")
+    assert isinstance(error, ImportError)
+    assert str(error) == (
+        "exporting a PyTorch model needs torch, which is not installed: pip install 'inferway[train]'"
+    )
 
 
 def test_a_failed_deployment_says_which_where_and_why() -> None:
