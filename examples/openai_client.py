@@ -24,7 +24,7 @@ class Person(BaseModel):
 def main() -> None:
     base_url = os.environ.get("INFERWAY_BASE_URL", "http://127.0.0.1:8080")
     with OpenAI(base_url=f"{base_url}/v1", api_key=os.environ["INFERWAY_API_KEY"]) as client:
-        print("models:", ", ".join(sorted(model.id for model in client.models.list() if "@" not in model.id)))
+        print("models:", ", ".join(sorted(model.id for model in client.models.list())))
 
         with client.chat.completions.create(
             model="smollm2",

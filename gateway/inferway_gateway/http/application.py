@@ -264,12 +264,26 @@ def infer_target(path: str) -> tuple[str, str | None] | None:
     return name, version
 
 
+def _nothing_at(scope: Mapping[str, Any]) -> str:
+    """Why there is nothing at a path, for those who have set up a client of OpenAI's API and gave it a wrong address,
+    or ask for what only OpenAI has."""
+    path: str = scope["path"]
+    known = [route.path for route in scope["app"].routes if route.path.startswith("/v1/")]
+    for found, hint in ((f"/v1{path}", "the base URL ends in /v1"), (path[3:], "the base URL has /v1 once")):
+        if found in known:
+            return f"Not Found: there is {found}; {hint}"
+    if not path.startswith("/v1/"):
+        return "Not Found"
+    there = sorted({route.removeprefix("/v1/") for route in known if "{" not in route})
+    return f"Not Found: below /v1 there are {', '.join(there)}"
+
+
 def _as_gateway_error(error: Exception, scope: Mapping[str, Any]) -> GatewayError:
     if isinstance(error, GatewayError):
         return error
     if isinstance(error, HTTPException):
         if error.status_code == 404:
-            return NotFoundError("Not Found")
+            return NotFoundError(_nothing_at(scope))
         return MalformedRequestError(str(error.detail))
     logger.error(
         "request %s failed unexpectedly",

@@ -45,7 +45,7 @@ from .asking import (
 )
 from .frames import KEEP_ALIVE, ChatWriter, CompletionWriter, Writer, error_event, usage_body
 from .reading import read
-from .targets import Reference, answered, granted_s, parse_reference, unknown
+from .targets import Reference, answered, check_adapter, granted_s, parse_reference
 from .tools import read_tools
 from .tracing import Span, code_of
 
@@ -214,8 +214,7 @@ def _generator(served: ServedVersion, reference: Reference) -> TextGenerator:
     if text is None or not hasattr(text, "generate"):
         raise InvalidParameterError(f"model: expected a model that generates text, '{served.name}' does not", "model")
     generator = cast(TextGenerator, text)  # an encoder has no such method
-    if reference.adapter is not None and reference.adapter not in generator.adapters:
-        raise unknown(reference)
+    check_adapter(reference, generator.adapters)
     return generator
 
 

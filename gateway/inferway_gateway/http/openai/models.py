@@ -10,18 +10,23 @@ from starlette.responses import Response
 
 from inferway_contract import models as contract
 
-from ...core.errors import GatewayError
+from ...core.catalog import DEFAULT_ALIAS
+from ...core.errors import GatewayError, ModelNotFoundError
 from ...core.keys import Principal
 from ...core.registry import Registry
 from ...core.routing import Router, bare_name
 from ...core.served import ServedVersion
-from .targets import Reference, parse_reference, unknown
+from .targets import Reference, check_adapter, parse_reference, unknown
 
 OWNER: Final = "inferway"
 
 
 async def list_models(request: Request) -> Response:
-    """Every model that the key sees, then its aliases and adapters."""
+    """Every model that the key sees, its adapters, and its aliases.
+
+    The alias that the bare name stands for anyway is left out: whoever has one model is to find one name, and programs
+    that offer what is listed here would show each model twice. It can be asked for all the same.
+    """
     listed = contract.OpenAIModelList(data=list(_names(request.scope["state"], request.scope["principal"])))
     return Response(listed.model_dump_json(), media_type="application/json")
 
@@ -36,13 +41,15 @@ async def get_model(request: Request) -> Response:
     router: Router = state["router"]
     registry: Registry = state["registry"]
     name, version = router.locate(reference.target, reference.version)
-    if version is None:
-        registry.versions(name)
-    else:
-        registry.state(name, version)
+    try:
+        if version is None:
+            registry.versions(name)
+        else:
+            registry.state(name, version)
+    except ModelNotFoundError:
+        raise unknown(reference) from None
     served = _served(registry, name, version)
-    if reference.adapter is not None and reference.adapter not in _adapters(served):
-        raise unknown(reference)
+    check_adapter(reference, _adapters(served))
     return Response(_described(state, reference, served).model_dump_json(), media_type="application/json")
 
 
@@ -52,7 +59,8 @@ def _names(state: Any, principal: Principal) -> Iterator[contract.OpenAIModel]:
     for name in registry.names():
         if not principal.sees(name):
             continue
-        for target in (name, *(f"{name}@{plan.alias}" for plan in router.aliases(name))):
+        aliases = (plan.alias for plan in router.aliases(name) if plan.alias != DEFAULT_ALIAS)
+        for target in (name, *(f"{name}@{alias}" for alias in aliases)):
             model, version = router.locate(target, None)
             served = _served(registry, model, version)
             yield _described(state, Reference(target, target), served)

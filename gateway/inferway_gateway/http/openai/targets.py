@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final, TypeVar
@@ -63,7 +63,17 @@ def parse_reference(text: str) -> Reference:
 
 
 def unknown(reference: Reference) -> ModelNotFoundError:
-    return ModelNotFoundError(f"Request for unknown model: '{reference.text[:160]}' is not found")
+    """For a model that there is not, and in the same words for one that the key may not see."""
+    return ModelNotFoundError(
+        f"there is no model '{reference.text[:160]}'; GET /v1/models lists those that this key may use"
+    )
+
+
+def check_adapter(reference: Reference, adapters: Collection[str]) -> None:
+    """Raises ``ModelNotFoundError`` where the adapter that is asked for is none of a model's own."""
+    if reference.adapter is not None and reference.adapter not in adapters:
+        there = f"it has {', '.join(sorted(adapters))}" if adapters else "it has none"
+        raise ModelNotFoundError(f"'{reference.target[:160]}' has no adapter '{reference.adapter[:160]}', {there}")
 
 
 def granted_s(scope: Scope, started: float) -> float:
@@ -113,7 +123,10 @@ async def answered(
         raise unknown(reference)
     route = router.resolve(reference.target, reference.version, principal.key_id, header_fields(scope))
     if route is None:
-        served = await _loaded(scope, registry, reference.target, reference.version, started)
+        try:
+            served = await _loaded(scope, registry, reference.target, reference.version, started)
+        except ModelNotFoundError:
+            raise unknown(reference) from None
         try:
             answer = await attempt(served)
         except GatewayError as error:

@@ -393,17 +393,23 @@ async def test_an_alias_shares_and_falls_back_before_the_first_byte() -> None:
     assert (whole.headers["inferway-model-version"], whole.headers["inferway-fallback"]) == ("1", "2")
     assert streamed[1]["choices"][0]["delta"]["content"] == "good"
     assert direct.status_code == 503
-    assert [m["id"] for m in listed["data"]] == ["m", "m@stable"]
+    assert [m["id"] for m in listed["data"]] == ["m"]  # which is as good as m@stable
 
 
 async def test_models_are_listed_with_aliases_and_adapters() -> None:
-    async with serving({"m": FakeGenerator(adapters=("pirate",)), "tensors": None}) as client:
+    router = Router(lambda: 1)
+    for alias in ("canary", "stable"):
+        router.put(AliasRecord("m", alias, AliasSpec({1: 100.0}), None, 1, datetime.now(UTC), "k"))
+    async with serving({"m": FakeGenerator(adapters=("pirate",)), "tensors": None}, router=router) as client:
         listed = contract.OpenAIModelList.model_validate((await client.get("/v1/models")).json()).data
         one = (await client.get("/v1/models/m:pirate")).json()
+        assert (await client.get("/v1/models/m@stable")).json()["id"] == "m@stable"
         missing = [await client.get(f"/v1/models/{name}") for name in ("m:nobody", "a/b/c", "m/versions/9", "")]
     assert [(m.id, m.task, m.max_model_len, m.parent) for m in listed] == [
         ("m", "generate", 4096, None),
         ("m:pirate", "generate", 4096, "m"),
+        ("m@canary", "generate", 4096, None),
+        ("m@canary:pirate", "generate", 4096, "m@canary"),
         ("tensors", None, None, None),
     ]
     assert one["parent"] == "m"
@@ -418,6 +424,39 @@ async def test_an_adapter_is_asked_by_its_name() -> None:
         missing = await client.post(CHAT, json={**HELLO, "model": "m:nobody"})
     assert generator.asked[0].adapter == "pirate"
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+    assert missing.json()["error"]["message"] == "'m' has no adapter 'nobody', it has pirate"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/chat/completions", "there is /v1/chat/completions; the base URL ends in /v1"),
+        ("/models", "there is /v1/models; the base URL ends in /v1"),
+        ("/v1/v1/embeddings", "there is /v1/embeddings; the base URL has /v1 once"),
+        ("/v1/responses", "below /v1 there are chat/completions, classify, completions, embeddings, models, rerank"),
+        ("/nothing", "Not Found"),
+    ],
+)
+async def test_a_wrong_address_is_answered_with_the_right_one(path: str, words: str) -> None:
+    async with serving({"m": FakeGenerator()}) as client:
+        response = await client.post(path, json=HELLO)
+    assert response.status_code == 404
+    assert words in response.text
+
+
+async def test_a_model_that_is_not_there_is_told_with_where_to_look() -> None:
+    async with serving({"m": FakeGenerator()}) as client:
+        answers = [
+            await client.post(CHAT, json={**HELLO, "model": "gpt-4o"}),
+            await client.post("/v1/embeddings", json={"model": "gpt-4o", "input": "a"}),
+            await client.get("/v1/models/gpt-4o"),
+        ]
+    for answer in answers:
+        assert answer.status_code == 404
+        assert answer.json()["error"] == {
+            "message": "there is no model 'gpt-4o'; GET /v1/models lists those that this key may use",
+            "type": "invalid_request_error", "param": "model", "code": "model_not_found",
+        }  # fmt: skip
 
 
 async def test_special_tokens_in_messages_stay_text() -> None:
