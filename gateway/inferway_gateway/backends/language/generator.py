@@ -30,6 +30,7 @@ from ...core.stats import ModelStats
 from .orders import Failure, Order, Piece, RawLogprob, Report
 from .package import Package
 from .text import Vocabulary
+from .trial import GrammarTrial
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class Generator:
         self.begin: Final[tuple[int, ...]] = _beginning(self._tokenizer)
         self._vocabulary = vocabulary
         self._ends = frozenset(package.ends)
+        self._trial = GrammarTrial(package.tokenizer, package.ends, package.vocabulary_size)
         self.context_length: Final = context_length
         self.vocabulary_size: Final = vocabulary.size
         self.special_tokens: Final[Sequence[str]] = tuple(
@@ -140,6 +142,8 @@ class Generator:
         max_tokens = self._check(request)
         if self._draining or self._link is None:
             raise ShuttingDownError("the model is being unloaded")
+        if request.constraint is not None:
+            await self._trial.check(request.constraint, request.key_id)
         self._serial += 1
         number = self._serial
         queue: asyncio.Queue[Piece | Failure] = asyncio.Queue()
@@ -313,6 +317,7 @@ class Generator:
         self._draining = True
         if self._link is not None:
             await self._link.close()
+        await self._trial.close()
 
 
 def _beginning(tokenizer: Any) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from inferway_gateway.backends.language.generator import Generator
+from inferway_gateway.core.errors import ShuttingDownError
 from inferway_gateway.core.generation import Constraint, GenerationParameterError, Sampling
 
 from .conftest import PROMPT, OpenModel, ask
@@ -94,3 +95,67 @@ async def test_a_grammar_that_cannot_be_used_is_refused_by_its_name(
 async def test_a_schema_may_refer_to_itself_where_that_has_an_end(tiny: Generator) -> None:
     whole = await ask(tiny, PROMPT, 40, constraint=Constraint("json_schema", json.dumps(TREE)))
     assert whole.text.lstrip().startswith("{")
+
+
+def _chain(link: str, count: int, first: str, last: str) -> str:
+    return first + "".join(link.format(i, i + 1) for i in range(count)) + last.format(count)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        # The compiler's stack: a run of rules, and a run of members, each no more than the next one's name.
+        Constraint("lark", _chain("a{}: a{}\n", 3000, "start: a0\n", 'a{}: "a"')),
+        Constraint("lark", _chain('a{}: a{} "x"\n', 3000, "start: a0\n", 'a{}: "a"')),
+        Constraint(
+            "json_schema",
+            _chain(
+                '"d{}":{{"properties":{{"a":{{"$ref":"#/$defs/d{}"}}}}}},',
+                900,
+                '{"$defs":{',
+                '"d{}":{{}}}},"$ref":"#/$defs/d0"}}',
+            ),
+        ),
+        # Its memory, and its time.
+        Constraint("regex", r"\p{L}*" * 8000),
+        Constraint("regex", "a?" * 20_000),
+        Constraint("json_schema", '{"type": "integer", "multipleOf": 999983}'),
+        Constraint("regex", "\ud800"),
+        Constraint("lark", 'start: "\udfff"'),
+    ],
+    ids=["rules", "left rules", "references", "memory", "options", "multiples", "surrogate", "other surrogate"],
+)
+async def test_a_grammar_that_would_end_the_process_is_refused_and_no_answer_is_disturbed(
+    tiny: Generator, constraint: Constraint
+) -> None:
+    alone = await ask(tiny, PROMPT, 40)
+    beside = asyncio.create_task(ask(tiny, PROMPT, 40))
+    async with asyncio.timeout(30):
+        with pytest.raises(GenerationParameterError) as caught:
+            await ask(tiny, constraint=constraint, key_id="other")
+    assert caught.value.param in {"guided_regex", "guided_grammar", "response_format"}
+    assert (await beside).tokens == alone.tokens
+    assert (await ask(tiny, PROMPT, 20, constraint=Constraint("regex", "[0-9]{3}"))).text.isdigit()
+
+
+async def test_a_key_with_many_slow_grammars_has_one_in_line(tiny: Generator) -> None:
+    slow = [
+        asyncio.create_task(ask(tiny, constraint=Constraint("regex", r"\p{L}*" * (7000 + i)), key_id="slow"))
+        for i in range(8)
+    ]
+    await ask(tiny, PROMPT, 20, constraint=Constraint("regex", "[0-9]{3}"), key_id="quick")
+    assert sum(task.done() for task in slow) <= 2
+    for task in slow:
+        task.cancel()
+    await asyncio.gather(*slow, return_exceptions=True)
+
+
+async def test_a_model_that_is_unloaded_leaves_no_process_of_grammars(open_language: OpenModel) -> None:
+    generator = await open_language()
+    await ask(generator, PROMPT, 20, constraint=Constraint("regex", "[0-9]{3}"))
+    child = generator._trial._child
+    assert child is not None
+    await generator.close()
+    assert child._process.returncode is not None
+    with pytest.raises(ShuttingDownError):
+        await generator._trial.check(Constraint("regex", "[a-z]"), "")
