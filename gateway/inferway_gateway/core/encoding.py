@@ -418,6 +418,8 @@ class TextEncoder:
         lane = self._long if characters > _LONG_CHARACTERS else self._short
         assert lane is not None  # there is a tokenizer
         work = lane.encode(texts, characters)
+        if deadline is None:
+            return await work
         try:
             async with asyncio.timeout_at(deadline):
                 return await work
@@ -431,6 +433,9 @@ class TextEncoder:
         plain = self._tokenizer is None
         tokens = 0 if plain else sum(row.ids.size for row in rows)
         self.stats.tokens += tokens
+        if len(rows) == 1:  # as most requests are: nothing to put together
+            (vector,) = await self._run_part(rows, deadline)
+            return self._checked(vector[None]), tokens
         order = sorted(rows, key=lambda row: row.ids.size, reverse=True)
         parts: list[list[_Row]] = []
         for row in order:
@@ -455,9 +460,12 @@ class TextEncoder:
                 sums[row.text] = sums[row.text] + results[id(row)] * np.float32(row.weight)
                 weights[row.text] += row.weight
             values = np.stack(sums) / np.asarray(weights, np.float32)[:, None]
+        return self._checked(values), tokens
+
+    def _checked(self, values: Vectors) -> Vectors:
         if not np.isfinite(values).all():
             raise ModelExecutionError("the model's output has values that are not numbers")
-        return values.astype(np.float32, copy=False), tokens
+        return values.astype(np.float32, copy=False)
 
     async def _run_part(self, part: list[_Row], deadline: float | None) -> Sequence[Vectors]:
         inputs = self._inputs(part)
@@ -491,8 +499,11 @@ class TextEncoder:
             return {spec.ids: texts.reshape(-1, 1) if self._column else texts}
         own = part[0].ids.size
         shape = (len(part), max(spec.length, own))
-        ids = np.zeros(shape, np.int64)
-        ids[:, :own] = [row.ids for row in part]
+        if shape == (1, own):
+            ids = part[0].ids[None]
+        else:
+            ids = np.zeros(shape, np.int64)
+            ids[:, :own] = [row.ids for row in part]
         inputs = {spec.ids: ids}
         if spec.mask is not None:
             inputs[spec.mask] = np.zeros(shape, np.int64)

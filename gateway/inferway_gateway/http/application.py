@@ -1,7 +1,9 @@
 """The ASGI application: request ids, errors, metrics and access log around Starlette's router.
 
 Inference goes past the router: its path is matched by hand, which saves some 15 µs of a request that may take 40. The
-route stands in the routing table all the same, and a test holds that both ways lead to the same answer.
+route stands in the routing table all the same, and a test holds that both ways lead to the same answer. Paths without
+parameters are looked up, since the router holds a path against one route after the other: some 25 µs where there are
+as many as here.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Match
 from starlette.types import Message, Receive, Scope, Send
 
 from ..core.errors import (
@@ -78,6 +80,7 @@ class GatewayApplication(Starlette):
     def __init__(self, routes: Sequence[BaseRoute], lifespan: Any) -> None:
         super().__init__(routes=routes, lifespan=lifespan)
         self.router.redirect_slashes = False
+        self._fixed = _fixed_paths(routes)
         self._prefix = secrets.token_hex(6).encode()
         self._count = itertools.count(1)
         self.edge_stats = EdgeStats()
@@ -175,7 +178,12 @@ class GatewayApplication(Starlette):
             else:
                 answer = _Answer(scope, send)
                 try:
-                    await self.router(scope, receive, answer.send)
+                    fixed = self._fixed.get((scope["method"], scope["path"]))
+                    if fixed is None or scope.get("root_path"):
+                        await self.router(scope, receive, answer.send)
+                    else:
+                        scope["path_params"] = {}
+                        await fixed.handle(scope, receive, answer.send)
                 finally:
                     found = scope.get("route")
                     route = found.path if found is not None else None
@@ -243,6 +251,19 @@ class _Answer:
         else:
             self.size += len(message.get("body", b""))
         await self._send(message)
+
+
+def _fixed_paths(routes: Sequence[BaseRoute]) -> dict[tuple[str, str], ApiRoute]:
+    """Method and path of each route without parameters that the router would choose for them."""
+    found: dict[tuple[str, str], ApiRoute] = {}
+    for route in routes:
+        if not isinstance(route, ApiRoute) or route.param_convertors:
+            continue
+        for method in route.methods:
+            scope: Scope = {"type": "http", "method": method, "path": route.path}
+            if next(other for other in routes if other.matches(scope)[0] is Match.FULL) is route:
+                found[method, route.path] = route
+    return found
 
 
 def is_inference(scope: Mapping[str, Any]) -> bool:

@@ -48,10 +48,11 @@ async def while_there(scope: Scope, receive: Receive, work: Coroutine[Any, Any, 
     finally:
         if unregister is not None:
             unregister()
-        rest = [other for other in (task, watch) if other is not None]
+        rest = [other for other in (task, watch) if other is not None and not other.done()]
         for other in rest:
             other.cancel()
-        await asyncio.wait(rest)
+        if rest:
+            await asyncio.wait(rest)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
+from starlette.requests import Request
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
@@ -73,6 +74,7 @@ class ApiRoute(Route):
         besides: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(path, endpoint, methods=[method])
+        self.app = _answering(endpoint)
         self.methods: set[str] = {method}  # Starlette adds HEAD to GET; the contract lists what there is
         self.scopes = scopes
         self.public = public
@@ -106,6 +108,16 @@ class ApiRoute(Route):
             # The same words as for a model that does not exist, so that a key learns nothing of other people's.
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
         await self.app(scope, receive, send)
+
+
+def _answering(endpoint: Endpoint) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """What Starlette makes of an endpoint, less its own handling of errors: ours is around the whole application."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    return app
 
 
 async def authorise(

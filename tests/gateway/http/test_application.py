@@ -20,6 +20,7 @@ from inferway_gateway.app import create_app
 from inferway_gateway.http import application
 from inferway_gateway.http.application import GatewayApplication
 from inferway_gateway.http.codec import SignatureCodec
+from inferway_gateway.http.routing import ApiRoute
 from inferway_gateway.settings import Settings
 
 INFER = {
@@ -81,6 +82,24 @@ async def test_the_short_way_to_inference_leads_where_the_router_leads(
             assert await answers() == short
         assert [status for status, _ in short][:2] == [200, 200]
         assert {status for status, _ in short[2:]} >= {404}
+
+
+async def test_a_path_without_parameters_leads_where_the_router_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as (app, client):
+        paths = sorted({route.path.replace("{key_id}", "self") for route in app.routes if isinstance(route, ApiRoute)})
+        paths = [path for path in paths if "{" not in path]
+        asked = [(method, path + end) for path in paths for method in ("GET", "PUT") for end in ("", "/")]
+
+        async def answers() -> list[tuple[int, str | None, str | None, str]]:
+            found = [await client.request(method, path) for method, path in asked]
+            return [(r.status_code, r.headers.get("allow"), r.headers["content-type"], r.text[:20]) for r in found]
+
+        looked_up = await answers()
+        monkeypatch.setattr(app, "_fixed", {})
+        assert await answers() == looked_up
+        assert {200, 404, 405} <= {status for status, *_ in looked_up}
 
 
 async def test_long_bodies_are_read_and_written_off_the_loop_and_short_ones_on_it(

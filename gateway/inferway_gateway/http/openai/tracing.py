@@ -62,8 +62,8 @@ class Span:
     ) -> None:
         self._span: Any = None
         self._started = perf_counter()
-        if trace is None:
-            return
+        if trace is None or (tracer is None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)):
+            return  # no SDK is set up: what is told would go nowhere
         carrier = {
             name: fields[name.encode()].decode("latin-1")
             for name in ("traceparent", "tracestate")
