@@ -50,6 +50,21 @@ def test_a_model_of_the_folder_and_the_same_deployed_write_the_same(server: Live
             client.infer("missing", {"text_input": PROMPT})
 
 
+def test_a_deployed_model_chats_in_a_well_known_format_that_its_package_names(server: LiveGateway, key: str) -> None:
+    with Inferway(server.url, api_key=key) as client:
+        with pytest.raises(BadRequestError, match="chatml, gemma"):
+            client.models.deploy(MODEL, name="formal", config={"generation": {"template": "mine"}})
+        client.models.deploy(MODEL, name="formal")
+        with pytest.raises(BadRequestError, match=r"INFERWAY_APPROVE_TEMPLATES.*chatml"):
+            client.chat.create("Hello", model="formal")
+        client.models.deploy(MODEL, name="formal", config={"generation": {"template": "chatml"}})
+        answer = client.chat.create("Hello", model="formal", max_tokens=3, temperature=0)
+        assert answer.usage is not None
+        # <|im_start|> user \n Hello <|im_end|> \n <|im_start|> ass istant \n
+        assert answer.usage.prompt_tokens == 10
+        client.models.delete("formal")
+
+
 async def test_callers_that_leave_do_not_keep_others_waiting(server: LiveGateway, key: str) -> None:
     async with AsyncInferway(server.url, api_key=key) as client:
         long = {"text_input": PROMPT, "max_tokens": np.array([2000])}

@@ -129,6 +129,7 @@ class GenerationOptions:
         wait_s: how long one may wait.
         max_tokens: of an answer whose request does not say.
         temperature, top_p, top_k: where a request does not say; None: as the model's files have them.
+        template: name of a format of conversations, see ``core/chat_formats.py``; None: the model's own template.
     """
 
     kv_cache_bytes: int | None = None
@@ -139,6 +140,7 @@ class GenerationOptions:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

