@@ -102,6 +102,9 @@ if TYPE_CHECKING:
         UsageReport,
     )
     from ._version import __version__
+    from .build.export import to_onnx
+    from .build.model import OnnxModel
+    from .build.verify import Verification, VerifiedCase
     from .resources.deployments import AsyncDeployment, Deployment
     from .resources.inference import AsyncModelHandle, ModelHandle
 
@@ -167,6 +170,7 @@ __all__ = [
     "ModelRejectedError",
     "NotFoundError",
     "NotGiven",
+    "OnnxModel",
     "PayloadTooLargeError",
     "PermissionDeniedError",
     "QueueFullError",
@@ -195,9 +199,12 @@ __all__ = [
     "UpstreamFailedError",
     "Usage",
     "UsageReport",
+    "Verification",
+    "VerifiedCase",
     "VersionNotFoundError",
     "WorkerCrashedError",
     "__version__",
+    "to_onnx",
 ]
 
 _MODULES = {
@@ -239,6 +246,10 @@ _MODULES = {
     "RetryPolicy": "_options",
     "TensorSpec": "_signature",
     "Timeout": "_options",
+    "OnnxModel": "build.model",
+    "Verification": "build.verify",
+    "VerifiedCase": "build.verify",
+    "to_onnx": "build.export",
     "__version__": "_version",
 }
 """Where public names live; every other one is an error, in ``_errors``."""

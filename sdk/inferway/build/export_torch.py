@@ -1,0 +1,335 @@
+"""PyTorch modules to ONNX: `torch.export` and the exporter that stands on it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import Any, Final
+
+import numpy as np
+
+from .._errors import BuildError, ConfigurationError, ExportError, MissingExtraError
+from .._tensors import Array
+from .example import Arrays, Tree, to_numpy, tree_of, unique
+from .source import Source, Wishes, axes_of
+from .verify import first_line
+
+OPSET: Final = 20
+"""Of every ONNX Runtime since 1.17 and every `onnx` since 1.15."""
+
+
+def torch_source(model: Any, example: object, wishes: Wishes) -> Source:
+    """See `export.to_onnx`."""
+    import torch
+
+    if example is None:
+        raise ConfigurationError("a PyTorch module is exported with an example of its inputs: to_onnx(module, example)")
+    what = f"the PyTorch module {type(model).__name__}"
+    tree, names, call = _arguments(model, example)
+    names = list(wishes.input_names or names)
+    if len(names) != len(tree.leaves):
+        raise ConfigurationError(f"input_names has {len(names)} names, and the example has {len(tree.leaves)} inputs")
+    tensors = [_tensor(leaf, model, name) for leaf, name in zip(tree.leaves, names, strict=True)]
+    device = (
+        next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        if hasattr(model, "parameters")
+        else torch.device("cpu")
+    )
+    inputs = {name: to_numpy(tensor, f"input '{name}'") for name, tensor in zip(names, tensors, strict=True)}
+
+    def forward(flat: Sequence[Any]) -> Any:
+        return call(tree.rebuild(flat))
+
+    with inference(model), torch.no_grad():
+        try:
+            first = _flat(forward([tensor.to(device) for tensor in tensors]))
+        except Exception as error:
+            raise BuildError(f"{what} cannot be run on the example: {first_line(error)}") from error
+    outputs = list(wishes.output_names or _output_names(first.paths))
+    if len(outputs) != len(first.leaves):
+        raise ConfigurationError(f"output_names has {len(outputs)} names, and {what} has {len(first.leaves)} outputs")
+
+    def predict(arrays: Arrays) -> Arrays:
+        with inference(model), torch.no_grad():
+            given = _flat(forward([from_numpy(arrays[name], torch).to(device) for name in names]))
+        return {name: to_numpy(leaf, name) for name, leaf in zip(outputs, given.leaves, strict=True)}
+
+    def convert() -> Any:
+        return export_module(
+            forward, model, tensors, names, outputs, axes_of(inputs, wishes.dynamic), wishes.opset, what
+        )
+
+    return Source("torch", what, inputs, predict, [convert], digest_of(model))
+
+
+def _arguments(model: Any, example: object) -> tuple[Tree, list[str], Any]:
+    """The example's tensors, their names, and how the module is called with a nest of such tensors."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    many = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    tree = tree_of(example)
+    if isinstance(example, Mapping):
+        keywords = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if all(str(key) in keywords for key in example) or any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return tree, unique([_joined(path) for path in tree.paths]), lambda given: model(**given)
+        return tree, unique([_joined(path) for path in tree.paths]), model
+    if isinstance(example, list | tuple) and tree.like is not None and (many or len(plain) > 1 or len(example) == 1):
+        firsts = [plain[int(path[0])] if int(path[0]) < len(plain) else f"x{path[0]}" for path in tree.paths]
+        names = [_joined((first, *path[1:])) for first, path in zip(firsts, tree.paths, strict=True)]
+        return tree, unique(names), lambda given: model(*given)
+    first = plain[0] if plain else "x"
+    return tree, unique([_joined((first, *path)) for path in tree.paths]), model
+
+
+def _joined(path: Sequence[str | int]) -> str:
+    return ".".join(map(str, path))
+
+
+def _output_names(paths: Sequence[tuple[str | int, ...]]) -> list[str]:
+    if len(paths) == 1 and not any(isinstance(part, str) for part in paths[0]):
+        return ["y"]
+    return unique([_joined(path) if isinstance(path[0], str) else "y" + _joined(path) for path in paths])
+
+
+def _flat(outputs: Any) -> Tree:
+    """A module's outputs, those that are None left out."""
+    import torch
+
+    if not isinstance(outputs, torch.Tensor | Mapping | list | tuple) and hasattr(outputs, "__dataclass_fields__"):
+        outputs = {name: getattr(outputs, name) for name in outputs.__dataclass_fields__}
+    if isinstance(outputs, Mapping):
+        outputs = {key: item for key, item in outputs.items() if item is not None}
+    elif isinstance(outputs, list | tuple):
+        named = getattr(outputs, "_fields", None)
+        outputs = dict(zip(named, outputs, strict=True)) if named else [item for item in outputs if item is not None]
+    leaves: list[Any] = []
+    paths: list[tuple[str | int, ...]] = []
+
+    def walk(value: Any, path: tuple[str | int, ...]) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(item, (*path, str(key)))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                walk(item, (*path, index))
+        elif isinstance(value, torch.Tensor):
+            leaves.append(value)
+            paths.append(path)
+
+    walk(outputs, ())
+    return Tree(tuple(leaves), tuple(paths), None)
+
+
+def _tensor(leaf: Any, model: Any, name: str) -> Any:
+    """A leaf of the example as a tensor; numpy's 64-bit numbers become what the module's weights are."""
+    import torch
+
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach()
+    array = to_numpy(leaf, f"input '{name}'")
+    if array.dtype.kind == "O":
+        raise ConfigurationError(f"input '{name}' of a PyTorch module expects numbers, got text")
+    tensor = from_numpy(array, torch)
+    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return tensor.to(weights) if tensor.dtype is torch.float64 and weights is not torch.float64 else tensor
+
+
+def from_numpy(array: Array, torch: Any) -> Any:
+    """A tensor with an array's values."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array, order="C"))
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Every module of a model in the mode of inference, and each in its own again afterwards."""
+    modes = [(module, module.training) for module in model.modules()] if hasattr(model, "modules") else []
+    try:
+        if hasattr(model, "eval"):
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def export_module(
+    forward: Any,
+    model: Any,
+    tensors: Sequence[Any],
+    names: Sequence[str],
+    outputs: Sequence[str],
+    axes: Mapping[str, Mapping[int, str]],
+    opset: int | None,
+    what: str,
+) -> Any:
+    """The graph of a module.
+
+    Args:
+        forward: calls the model with a flat list of tensors.
+        model: the module whose weights are meant.
+        tensors: the example.
+        axes: input name to its variable axes and their names.
+    Raises:
+        ExportError: it cannot be made; ``operator`` and ``where`` say why, where the exporter does.
+        MissingExtraError: onnxscript is not installed.
+    """
+    import torch
+
+    try:
+        import onnxscript  # noqa: F401 - the exporter needs it
+    except ImportError as error:
+        raise MissingExtraError("onnxscript", "train", "exporting a PyTorch module") from error
+
+    class Flat(torch.nn.Module):  # type: ignore[misc]  # torch is not followed
+        """The model as a function of flat tensors to flat tensors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *flat: Any) -> Any:
+            return _flat(forward(flat)).leaves
+
+    # One example row would become a constant of 1 in the graph.
+    example = [_at_least_two(tensor, axes.get(name, {})) for tensor, name in zip(tensors, names, strict=True)]
+    shapes = {"flat": tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in names)}
+    with inference(model), torch.no_grad():
+        flat = Flat()
+        flat.training = False
+        try:
+            program = torch.export.export(flat, tuple(example), dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            raise _not_captured(error, names, axes, what) from error
+        try:
+            made = torch.onnx.export(
+                program, (), None, dynamo=True, input_names=list(names), output_names=list(outputs),
+                opset_version=opset or OPSET, verbose=False, external_data=False,
+            )  # fmt: skip
+        except Exception as error:
+            raise _not_converted(error, program, what) from error
+        proto = made.model_proto
+    strip(proto)
+    return proto
+
+
+def _at_least_two(tensor: Any, named: Mapping[int, str]) -> Any:
+    for axis in named:
+        if tensor.shape[axis] == 1:
+            tensor = tensor.repeat_interleave(2, dim=axis)
+    return tensor
+
+
+def strip(proto: Any) -> None:
+    """Take the exporter's notes out of a graph: paths and lines of the sources on this machine are nobody's business,
+    and change the bytes of the same model."""
+    proto.ClearField("metadata_props")
+    graphs = [proto.graph, *proto.functions]
+    while graphs:
+        graph = graphs.pop()
+        graph.ClearField("metadata_props")
+        for field in ("input", "output", "value_info"):
+            for value in getattr(graph, field):
+                if hasattr(value, "ClearField"):
+                    value.ClearField("metadata_props")
+        for node in graph.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+            for attribute in node.attribute:
+                graphs.extend([attribute.g] if attribute.HasField("g") else [])
+                graphs.extend(attribute.graphs)
+
+
+def _not_captured(
+    error: Exception, names: Sequence[str], axes: Mapping[str, Mapping[int, str]], what: str
+) -> ExportError:
+    """`torch.export` could not follow the module."""
+    text = str(error)
+    fixed = re.search(
+        r"static shape of (\d+) for dimension inputs\['?(?:flat)?[^\]]*\]?(?:\[(\d+)\])?.*?shape\[(\d+)\]", text
+    )
+    specialized = re.search(r"(?:specialized|specialization|static shape of (\d+))", text)
+    where = _user_line(error)
+    if fixed or specialized:
+        return ExportError(
+            f"{what} computes with the length of an axis as with a fixed number, so that the graph would be right for "
+            f"that length only{f' ({where})' if where else ''}: {_said(text)}",
+            where=where,
+        )
+    return ExportError(
+        f"{what} cannot be followed by torch.export{f' ({where})' if where else ''}: {_said(text)}", where=where
+    )
+
+
+def _said(text: str) -> str:
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if "static shape" in line or "specialized" in line or "Could not" in line]
+    return (telling or lines or ["no reason is given"])[0][:300]
+
+
+def _not_converted(error: Exception, program: Any, what: str) -> ExportError:
+    """An operator of the captured program has no form in ONNX."""
+    texts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        texts.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(texts)
+    operator = None
+    found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", text)
+    if found:
+        operator = found[1]
+    node_name = re.search(r"Error when translating node %(\w+)", text)
+    where = None
+    if node_name:
+        for node in program.graph.nodes:
+            if node.name == node_name[1]:
+                where = _place_of(node)
+                operator = operator or str(node.target)
+    if operator:
+        return ExportError(
+            f"{what} uses the operator {operator}, which has no form in ONNX{f' ({where})' if where else ''}; "
+            f"write that step with other operators, or leave it out of the exported module",
+            operator=operator, where=where,
+        )  # fmt: skip
+    return ExportError(f"{what} cannot be turned into ONNX: {first_line(error)}", where=where)
+
+
+def _place_of(node: Any) -> str | None:
+    """Layer and line of a node of a captured program."""
+    layers = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    layer = layers[-1].removeprefix("model").removeprefix(".") if layers else ""
+    lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.*)', node.meta.get("stack_trace") or "")
+    parts = [f"layer {layer}"] if layer else []
+    if lines:
+        file, line, function, code = lines[-1]
+        parts.append(f"{PurePath(file).name}, line {line}, in {function}: {code.strip()}")
+    return ", ".join(parts) or None
+
+
+def _user_line(error: BaseException) -> str | None:
+    """The last line of the user's own code in a traceback: outside of installed packages and of this one."""
+    found = None
+    trace = error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "site-packages" not in file and "/inferway/build/" not in file and not file.startswith("<"):
+            found = f"{PurePath(file).name}, line {trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
+        trace = trace.tb_next
+    return found
+
+
+def digest_of(model: Any) -> str:
+    """SHA-256 of a module's structure and weights."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if hasattr(value, "detach"):
+            array = to_numpy(value, name)
+            digest.update(f"\0{name}\0{array.dtype}\0{array.shape}\0".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return f"sha256:{digest.hexdigest()}"
