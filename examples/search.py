@@ -58,12 +58,12 @@ def main() -> None:
     found = list(paragraphs(args.folder))
     with Inferway() as client:
         started = time.perf_counter()
-        vectors = client.embed([paragraph.text for paragraph in found], model=args.model)
+        vectors = client.embed([paragraph.text for paragraph in found], model=args.model, input_type="document")
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         took = time.perf_counter() - started
         print(f"{len(found)} paragraphs became vectors of {vectors.shape[1]} numbers in {took:.1f} s.")
         for question in args.questions:
-            query = client.embed(question, model=args.model)[0]
+            query = client.embed(question, model=args.model, input_type="query")[0]
             nearest = np.argsort(vectors @ query)[::-1][:CANDIDATES]
             ranking = client.rerank(
                 question, [found[i].text for i in nearest], model=args.rerank_with or args.model, top_n=2

@@ -12,7 +12,7 @@ import copy
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, Unpack
 
 from ._calls import reader
 from ._core import DEFAULT_BASE_URL, MAX_RESPONSE_BYTES, Call, Config, Reply, authorization, json_call, path_of
@@ -274,7 +274,13 @@ class Inferway:
         return run(self.model(model, version), inputs, outputs, id, parameters, priority, binary, options)
 
     def embed(
-        self, texts: Texts, *, model: str, dimensions: int | None = None, **options: Unpack[RequestOptions]
+        self,
+        texts: Texts,
+        *,
+        model: str,
+        dimensions: int | None = None,
+        input_type: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Vectors:
         """Vectors of any number of texts: ``float32`` of shape ``[n, d]``, in the order of the texts.
 
@@ -284,12 +290,13 @@ class Inferway:
             texts: a text, or several in a list, an array, a pandas or polars column, or any other iterable.
             model: ``NAME`` or ``NAME@ALIAS``.
             dimensions: cut the vectors to that length, where the model allows it.
+            input_type: such as ``query`` or ``document``: which of the model's prompts is put before each text.
         Raises:
             InvalidInputError: something among them is no text.
             BadRequestError: a value cannot be used; ``param`` names the member.
             APIError: there is no answer to one of the requests.
         """
-        return embed(self._engine, texts, model, dimensions, options)
+        return embed(self._engine, texts, model, dimensions, input_type, options)
 
     def rerank(
         self,
@@ -317,7 +324,13 @@ class Inferway:
         return self._engine.send(rerank_call(query, documents, model, top_n, return_documents), options)
 
     def classify(
-        self, texts: Texts, *, model: str, top_k: int | None = None, **options: Unpack[RequestOptions]
+        self,
+        texts: Texts,
+        *,
+        model: str,
+        top_k: int | None = None,
+        activation: Literal["softmax", "sigmoid", "none"] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> ClassifyResult:
         """What texts are, by a model that knows labels.
 
@@ -325,12 +338,13 @@ class Inferway:
             texts: a text, or several in a list, an array, a pandas or polars column, or any other iterable.
             model: ``NAME`` or ``NAME@ALIAS``.
             top_k: only the scores of so many labels, the likeliest.
+            activation: how scores come of the model's logits; the model's own way where it is left out.
         Raises:
             InvalidInputError: something among them is no text.
             BadRequestError: a value cannot be used; ``param`` names the member.
             APIError: there is no answer.
         """
-        return self._engine.send(classify_call(texts, model, top_k), options)
+        return self._engine.send(classify_call(texts, model, top_k, activation), options)
 
     def server(self, **options: Unpack[RequestOptions]) -> ServerMetadata:
         """Name, version and protocol extensions of the server."""
@@ -520,7 +534,13 @@ class AsyncInferway:
         return await run_async(self.model(model, version), inputs, outputs, id, parameters, priority, binary, options)
 
     async def embed(
-        self, texts: Texts, *, model: str, dimensions: int | None = None, **options: Unpack[RequestOptions]
+        self,
+        texts: Texts,
+        *,
+        model: str,
+        dimensions: int | None = None,
+        input_type: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Vectors:
         """Vectors of any number of texts: ``float32`` of shape ``[n, d]``, in the order of the texts.
 
@@ -530,12 +550,13 @@ class AsyncInferway:
             texts: a text, or several in a list, an array, a pandas or polars column, or any other iterable.
             model: ``NAME`` or ``NAME@ALIAS``.
             dimensions: cut the vectors to that length, where the model allows it.
+            input_type: such as ``query`` or ``document``: which of the model's prompts is put before each text.
         Raises:
             InvalidInputError: something among them is no text.
             BadRequestError: a value cannot be used; ``param`` names the member.
             APIError: there is no answer to one of the requests.
         """
-        return await embed_async(self._engine, texts, model, dimensions, options)
+        return await embed_async(self._engine, texts, model, dimensions, input_type, options)
 
     async def rerank(
         self,
@@ -563,7 +584,13 @@ class AsyncInferway:
         return await self._engine.send(rerank_call(query, documents, model, top_n, return_documents), options)
 
     async def classify(
-        self, texts: Texts, *, model: str, top_k: int | None = None, **options: Unpack[RequestOptions]
+        self,
+        texts: Texts,
+        *,
+        model: str,
+        top_k: int | None = None,
+        activation: Literal["softmax", "sigmoid", "none"] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> ClassifyResult:
         """What texts are, by a model that knows labels.
 
@@ -571,12 +598,13 @@ class AsyncInferway:
             texts: a text, or several in a list, an array, a pandas or polars column, or any other iterable.
             model: ``NAME`` or ``NAME@ALIAS``.
             top_k: only the scores of so many labels, the likeliest.
+            activation: how scores come of the model's logits; the model's own way where it is left out.
         Raises:
             InvalidInputError: something among them is no text.
             BadRequestError: a value cannot be used; ``param`` names the member.
             APIError: there is no answer.
         """
-        return await self._engine.send(classify_call(texts, model, top_k), options)
+        return await self._engine.send(classify_call(texts, model, top_k, activation), options)
 
     async def server(self, **options: Unpack[RequestOptions]) -> ServerMetadata:
         """Name, version and protocol extensions of the server."""

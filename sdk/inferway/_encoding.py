@@ -155,12 +155,16 @@ def _plain(ids: Sequence[Any]) -> list[Any]:
     return [_plain(cast(Sequence[Any], item)) if isinstance(item, list | tuple) else int(item) for item in ids]
 
 
-def embeddings_call(input: Any, model: str, dimensions: int | None, user: str | None) -> Call[EmbeddingResult]:
+def embeddings_call(
+    input: Any, model: str, dimensions: int | None, input_type: str | None, user: str | None
+) -> Call[EmbeddingResult]:
     """Vectors of what is sent in one request."""
     sent = tokens_or_texts(input)
     body: dict[str, Any] = {"model": checked_model(model), "input": sent, "encoding_format": "base64"}
     if dimensions is not None:
         body["dimensions"] = dimensions
+    if input_type is not None:
+        body["input_type"] = input_type
     if user is not None:
         body["user"] = user
     alone = isinstance(sent, str) or (bool(sent) and isinstance(sent[0], int))
@@ -262,7 +266,7 @@ def rerank_call(
     return post("rerank", body, read)
 
 
-def classify_call(texts: Any, model: str, top_k: int | None) -> Call[ClassifyResult]:
+def classify_call(texts: Any, model: str, top_k: int | None, activation: str | None = None) -> Call[ClassifyResult]:
     """What the texts are."""
     sent = tokens_or_texts(texts)
     body: dict[str, Any] = {"model": checked_model(model), "input": sent}
@@ -270,6 +274,8 @@ def classify_call(texts: Any, model: str, top_k: int | None) -> Call[ClassifyRes
         if isinstance(top_k, bool) or not isinstance(cast(object, top_k), int):
             raise ConfigurationError(f"top_k expects a whole number, got {top_k!r:.80}")
         body["top_k"] = top_k
+    if activation is not None:
+        body["activation"] = activation
 
     def read(reply: Reply) -> ClassifyResult:
         answer = body_of(reply)

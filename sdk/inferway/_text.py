@@ -786,6 +786,8 @@ class CompletionGathering(_Gathering):
     """Collects the chunks of a streamed completion."""
 
     def _choice(self, answer: _Answer, choice: dict[str, Any], index: int) -> Iterator[StreamEvent]:
+        if isinstance(choice.get("logprobs"), dict):
+            answer.logprobs.append(object_of(choice, "logprobs"))
         text = text_of(choice, "text", "")
         if text:
             answer.text.append(text)
@@ -799,9 +801,17 @@ class CompletionGathering(_Gathering):
             model=model,
             created=created,
             choices=tuple(
-                CompletionChoice(index, "".join(answer.text), answer.finish_reason)
+                CompletionChoice(index, "".join(answer.text), answer.finish_reason, _joined(answer.logprobs))
                 for index, answer in sorted(self.answers.items())
             ),
             usage=self.usage,
             raw=self._last,
         )
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Log probabilities of a streamed completion, whose lists come in pieces; None: there are none."""
+    if not parts:
+        return None
+    names = {name: None for part in parts for name in part}  # in their order
+    return {name: [item for part in parts for item in cast("list[Any]", part.get(name) or [])] for name in names}

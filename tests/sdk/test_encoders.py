@@ -113,6 +113,19 @@ async def test_a_request_may_have_token_ids(
     assert repr(found) == f"<EmbeddingResult of m, {count} of 2 dimensions>"
 
 
+async def test_what_texts_are_for_is_said_with_each_request(
+    server: ScriptedServer, side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_encoding, "MAX_TEXTS", 1)
+    one = as_json({"data": [{"index": 0, "embedding": [0.5]}], "model": "m", "usage": USAGE})
+    server.script = [one, one, one]
+    client = side.client(server.url)
+    await side(lambda: client.embed(["a", "b"], model="m", input_type="document", dimensions=1))
+    await side(lambda: client.embeddings.create("a", model="m", input_type="query"))
+    assert [seen.json["input_type"] for seen in server.seen] == ["document", "document", "query"]
+    assert [seen.json.get("dimensions") for seen in server.seen] == [1, 1, None]
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -179,12 +192,12 @@ async def test_texts_are_classified(server: ScriptedServer, side: Side) -> None:
 
     server.script = [as_json({"id": "c", "model": "cl", "data": [one(1, "bad"), one(0, "good")], "usage": USAGE})]
     client = side.client(server.url)
-    found = await side(lambda: client.classify(["yes", "no"], model="cl", top_k=2))
+    found = await side(lambda: client.classify(["yes", "no"], model="cl", top_k=2, activation="sigmoid"))
     assert found.labels == ["good", "bad"]
     assert next(iter(found)).scores == {"good": 0.9, "other": 0.1}
     assert (found.results[1].score, len(found), found.model) == (0.9, 2, "cl")
     assert server.seen[0].path == "/v1/classify"
-    assert server.seen[0].json == {"model": "cl", "input": ["yes", "no"], "top_k": 2}
+    assert server.seen[0].json == {"model": "cl", "input": ["yes", "no"], "top_k": 2, "activation": "sigmoid"}
 
 
 @pytest.mark.parametrize(

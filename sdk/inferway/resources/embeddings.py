@@ -30,6 +30,7 @@ class Embeddings:
         *,
         model: str,
         dimensions: int | None = None,
+        input_type: str | None = None,
         user: str | None = None,
         **options: Unpack[RequestOptions],
     ) -> EmbeddingResult:
@@ -39,21 +40,29 @@ class Embeddings:
             input: a text or several, or the token ids of one or of several.
             model: ``NAME`` or ``NAME@ALIAS``.
             dimensions: cut the vectors to that length, where the model allows it.
+            input_type: such as ``query`` or ``document``: which of the model's prompts is put before each text.
             user: passed on as it is.
         Raises:
             BadRequestError: a value cannot be used; ``param`` names the member.
             APIError: there is no answer.
         """
-        return self._engine.send(embeddings_call(input, model, dimensions, user), options)
+        return self._engine.send(embeddings_call(input, model, dimensions, input_type, user), options)
 
 
-def embed(engine: SyncEngine, texts: Texts, model: str, dimensions: int | None, options: RequestOptions) -> Vectors:
+def embed(
+    engine: SyncEngine,
+    texts: Texts,
+    model: str,
+    dimensions: int | None,
+    input_type: str | None,
+    options: RequestOptions,
+) -> Vectors:
     """What ``client.embed`` does."""
     started = engine.config.clock.monotonic()
     parts: list[EmbeddingResult] = []
     for number, chunk in enumerate(chunks_of(texts_of(texts))):
         left = chunk_options(engine.rest(options, started) if number else options, number)
-        parts.append(engine.send(embeddings_call(list(chunk), model, dimensions, None), left))
+        parts.append(engine.send(embeddings_call(list(chunk), model, dimensions, input_type, None), left))
     return joined_vectors(parts)
 
 
@@ -69,6 +78,7 @@ class AsyncEmbeddings:
         *,
         model: str,
         dimensions: int | None = None,
+        input_type: str | None = None,
         user: str | None = None,
         **options: Unpack[RequestOptions],
     ) -> EmbeddingResult:
@@ -78,21 +88,27 @@ class AsyncEmbeddings:
             input: a text or several, or the token ids of one or of several.
             model: ``NAME`` or ``NAME@ALIAS``.
             dimensions: cut the vectors to that length, where the model allows it.
+            input_type: such as ``query`` or ``document``: which of the model's prompts is put before each text.
             user: passed on as it is.
         Raises:
             BadRequestError: a value cannot be used; ``param`` names the member.
             APIError: there is no answer.
         """
-        return await self._engine.send(embeddings_call(input, model, dimensions, user), options)
+        return await self._engine.send(embeddings_call(input, model, dimensions, input_type, user), options)
 
 
 async def embed_async(
-    engine: AsyncEngine, texts: Texts, model: str, dimensions: int | None, options: RequestOptions
+    engine: AsyncEngine,
+    texts: Texts,
+    model: str,
+    dimensions: int | None,
+    input_type: str | None,
+    options: RequestOptions,
 ) -> Vectors:
     """What ``client.embed`` does: as `embed`."""
     started = engine.config.clock.monotonic()
     parts: list[EmbeddingResult] = []
     for number, chunk in enumerate(chunks_of(texts_of(texts))):
         left = chunk_options(engine.rest(options, started) if number else options, number)
-        parts.append(await engine.send(embeddings_call(list(chunk), model, dimensions, None), left))
+        parts.append(await engine.send(embeddings_call(list(chunk), model, dimensions, input_type, None), left))
     return joined_vectors(parts)
