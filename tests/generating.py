@@ -90,6 +90,9 @@ class FakeGenerator:
             at += 1 if name is None else len(name)
         return tokens
 
+    async def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        return [await self.encode(text, special=special) for text in texts]
+
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join(SPECIAL[t - FIRST_SPECIAL] if t >= FIRST_SPECIAL else chr(t) for t in tokens)
 

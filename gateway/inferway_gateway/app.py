@@ -278,7 +278,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 weigh=_weigh,
                 # Deployments that take their time must not keep what is asked for from being loaded.
                 threads=settings.parallel_deployments + _LOADS_ON_DEMAND,
-                read_text=read_package,
+                read_text=partial(read_package, isolated=True),
             )
             await stack.enter_async_context(opener)
             managed = ManagedVersions(

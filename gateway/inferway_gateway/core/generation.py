@@ -240,6 +240,10 @@ class TextGenerator(Protocol):
         """
         ...
 
+    async def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """As ``encode``, for several texts at once."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str: ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta]:

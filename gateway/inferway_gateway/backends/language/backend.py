@@ -21,7 +21,7 @@ from ..worker.forks import ForkServer
 from .engine import Engine
 from .executor import LanguageExecutor
 from .generator import Generator, on_loop
-from .opening import open_engine, read_vocabulary, usual_kv_bytes
+from .opening import open_engine, read_tokenizer, read_vocabulary, usual_kv_bytes
 from .orders import Order, Report
 from .package import Package, read_package
 from .process import Plan, ProcessLink
@@ -149,12 +149,15 @@ class LanguageBackend:
             self.on_event("worker_crashed", artifact, detail)
 
         vocabulary = await asyncio.to_thread(read_vocabulary, package)
+        tokenizer = await asyncio.to_thread(read_tokenizer, package, isolated=True)
         link = ProcessLink(self._forks, plan, crashed)
         context_length, footprint = await link.open()
         try:
             generator = Generator(
                 package,
                 vocabulary,
+                tokenizer,
+                isolated=True,
                 context_length=min(context_length, package.context_length),
                 kv_bytes=kv_bytes,
                 approved=approved,
@@ -177,11 +180,13 @@ class LanguageBackend:
             holder[0].take(report)
 
         emit = on_loop(loop, take)
+        tokenizer = await asyncio.to_thread(read_tokenizer, package)
         opened = await asyncio.to_thread(open_engine, package, config.generation, threads, emit)
         kv_bytes = config.generation.kv_cache_bytes or 0
         generator = Generator(
             package,
             opened.vocabulary,
+            tokenizer,
             context_length=opened.engine.context_length,
             kv_bytes=kv_bytes,
             approved=approved,

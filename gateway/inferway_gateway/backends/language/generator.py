@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Final, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Protocol
 
-from ...core.errors import ModelLoadError, ShuttingDownError, WorkerCrashedError
+from ...core.errors import ModelExecutionError, ShuttingDownError, WorkerCrashedError
 from ...core.generation import (
     MAX_LOGIT_BIASES,
     MAX_STOP_STRINGS,
@@ -37,7 +37,9 @@ _log = logging.getLogger(__name__)
 _SHORT_CHARS: Final = 2000
 """Encoding that many takes some 0.5 ms; more is done on a thread."""
 _MAX_STOP_CHARS: Final = 1000
-_MAX_ENCODED_CHARS: Final = 16 << 20
+_MAX_ENCODED_CHARS: Final = 1 << 20
+_MOST_CHARS_A_TOKEN: Final = 16
+"""On the average of a text that fills a context. Encoding takes some 300 bytes of memory for each character."""
 
 
 class Link(Protocol):
@@ -56,10 +58,30 @@ class Link(Protocol):
     async def close(self) -> None: ...
 
 
+class Marking(Protocol):
+    """What makes tokens of texts. Thread-safe."""
+
+    @property
+    def begin(self) -> Sequence[int]:
+        """Tokens that belong in front of a text."""
+        ...
+
+    def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """Blocks.
+
+        Args:
+            special: names of special tokens become those tokens.
+        Raises:
+            ModelExecutionError, TypeError: it fails, or a text has half a surrogate pair.
+        """
+        ...
+
+
 class Generator:
     """Implements ``core.generation.TextGenerator``.
 
     Args:
+        isolated: asking the tokenizer means waiting for a process.
         context_length: of the model, or what the memory for keys and values allows where that is less.
         approved: whether the package's own template may be rendered.
         model_stats: of the version, whose gauge of running requests is kept here.
@@ -69,28 +91,20 @@ class Generator:
         self,
         package: Package,
         vocabulary: Vocabulary,
+        tokenizer: Marking,
         *,
+        isolated: bool = False,
         context_length: int,
         kv_bytes: int,
         approved: bool,
         model_stats: ModelStats,
     ) -> None:
-        try:
-            library = importlib.import_module("tokenizers")
-        except ImportError:
-            raise ModelLoadError("language models need the package tokenizers: install 'inferway[language]'") from None
-        try:
-            self._tokenizer = library.Tokenizer.from_str(package.tokenizer)
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-            self._plain = library.Tokenizer.from_str(package.tokenizer)
-            self._plain.no_truncation()
-            self._plain.no_padding()
-            self._plain.encode_special_tokens = True
-        except Exception as error:
-            raise ModelLoadError(f"tokenizer.json cannot be used: {str(error)[:300]}") from None
         self._model_stats = model_stats
-        self.begin: Final[tuple[int, ...]] = _beginning(self._tokenizer)
+        self._tokenizer = tokenizer
+        self._isolated = isolated
+        # Its own, so that a text that takes long holds up nobody else's.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="inferway-tokens")
+        self.begin: Final[Sequence[int]] = tokenizer.begin
         self._vocabulary = vocabulary
         self._ends = frozenset(package.ends)
         self._trial = GrammarTrial(package.tokenizer, package.ends, package.vocabulary_size)
@@ -119,13 +133,32 @@ class Generator:
     # -- text ----------------------------------------------------------------------------------------------------------
 
     async def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """As the protocol says. Raises ``GenerationParameterError`` for a text far beyond any context."""
-        if len(text) > _MAX_ENCODED_CHARS:
-            raise GenerationParameterError(f"a text may have at most {_MAX_ENCODED_CHARS} characters, got {len(text)}")
-        tokenizer = self._tokenizer if special else self._plain
-        if len(text) <= _SHORT_CHARS:
-            return _encode(tokenizer, text)
-        return await asyncio.to_thread(_encode, tokenizer, text)
+        """As the protocol says."""
+        return (await self.encode_all([text], special=special))[0]
+
+    async def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """As the protocol says. Raises ``GenerationParameterError`` for texts far beyond any context."""
+        if not texts:
+            return []
+        characters = sum(map(len, texts))
+        most = max(_MAX_ENCODED_CHARS, _MOST_CHARS_A_TOKEN * self.context_length)
+        if characters > most:
+            raise ContextLengthError(
+                f"the model takes at most {self.context_length} tokens, which is less than a text of more than {most} "
+                f"characters has; the prompt has {characters}",
+                "prompt",
+            )
+        try:
+            if characters <= _SHORT_CHARS and not self._isolated:
+                found = self._tokenizer.encode(texts, special)
+            else:
+                work = self._threads.submit(self._tokenizer.encode, texts, special)
+                found = await asyncio.wrap_future(work)
+        except (TypeError, ModelExecutionError):
+            if all(map(_is_unicode, texts)):
+                raise
+            raise GenerationParameterError("expected text, got half a surrogate pair", "prompt") from None
+        return found
 
     def decode(self, tokens: Sequence[int]) -> str:
         for token in tokens:
@@ -318,20 +351,16 @@ class Generator:
         if self._link is not None:
             await self._link.close()
         await self._trial.close()
+        # A text that is being encoded is not waited for.
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _beginning(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer puts in front of a text."""
-    bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    return tuple(whole[: max(len(whole) - len(bare), 0)]) if whole[len(whole) - len(bare) :] == bare else ()
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _is_unicode(text: str) -> bool:
     try:
-        found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    except Exception as error:  # a text that is no UTF-8, such as one with half a surrogate pair
-        raise GenerationParameterError(f"the text cannot be encoded: {type(error).__name__}") from None
-    return found
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def on_loop(loop: asyncio.AbstractEventLoop, take: Callable[[Report], None]) -> Callable[[Report], None]:

@@ -10,8 +10,11 @@ from ...core.errors import ModelLoadError, ModelRejectedError
 from ...core.model_config import GenerationOptions
 from ..footprint import memory_of_machine
 from ..onnx.admission import admit
+from ..text.isolated import IsolatedTokenizer
+from ..text.tokenizer import MarkingTokenizer, TokenizerError
 from .constraints import Grammars
 from .engine import Engine, EngineLimits
+from .generator import Marking
 from .orders import Report
 from .package import Package, parse_object
 from .runtime import Runtime
@@ -75,3 +78,12 @@ def read_vocabulary(package: Package) -> Vocabulary:
         return Vocabulary(parse_object(package.tokenizer, "tokenizer.json"), package.vocabulary_size)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ModelLoadError(f"tokenizer.json has the wrong shape: {type(error).__name__}") from None
+
+
+def read_tokenizer(package: Package, *, isolated: bool = False) -> Marking:
+    """What makes tokens of texts, in this process or in some of its own. Blocks. Raises ``ModelLoadError``."""
+    content = package.tokenizer.encode()
+    try:
+        return IsolatedTokenizer(content, "generator") if isolated else MarkingTokenizer(content)
+    except TokenizerError as error:
+        raise ModelLoadError(str(error)) from None

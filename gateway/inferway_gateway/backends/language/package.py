@@ -26,7 +26,10 @@ TEMPLATE_FILE: Final = "chat_template.jinja"
 ADAPTER_SUFFIX: Final = ".onnx_adapter"
 
 _SMALL_BYTES: Final = 4 << 20
-_TOKENIZER_BYTES: Final = 128 << 20
+_TOKENIZER_BYTES: Final = 64 << 20
+_TOKENIZER_VALUES: Final = 4_000_000
+"""In ``tokenizer.json``, counted before it is parsed, for an empty list of two bytes becomes seventy. The largest
+in use have some two million."""
 _TEMPLATE_BYTES: Final = 256 << 10
 _MOST_TOKENS: Final = 1 << 21
 _MOST_ADAPTERS: Final = 64
@@ -104,6 +107,8 @@ def read_package(folder: Path, options: GenerationOptions) -> Package:
     tokenizer = _read_text(folder, TOKENIZER_FILE, _TOKENIZER_BYTES)
     if tokenizer is None:
         raise ModelLoadError(f"{TOKENIZER_FILE} is missing: save it beside the model")
+    if sum(map(tokenizer.count, ",[{")) > _TOKENIZER_VALUES:
+        raise ModelLoadError(f"{TOKENIZER_FILE} has more than {_TOKENIZER_VALUES} values")
     tokens = _read_json(folder, TOKENIZER_CONFIG_FILE, _SMALL_BYTES, missing={})
     known = FORMATS.get(options.template or "")
     if known is not None:

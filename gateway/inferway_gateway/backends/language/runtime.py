@@ -204,6 +204,11 @@ def _bind_output(binding: Any, name: str, array: Array) -> None:
     binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
+def _open(axes: Sequence[Any]) -> Sequence[Any]:
+    """Those of the axes that have a name, or nothing, in place of a length."""
+    return [axis for axis in axes if not isinstance(axis, int)]
+
+
 def _find_layout(package: Package, inputs: dict[str, Any], outputs: dict[str, Any]) -> KvLayout:
     tensors = []
     types = set()
@@ -214,7 +219,8 @@ def _find_layout(package: Package, inputs: dict[str, Any], outputs: dict[str, An
             if past not in inputs or present not in outputs:
                 raise ModelLoadError(f"the graph has no '{past}' that becomes '{present}'")
             shape = inputs[past].shape
-            if len(shape) != 4 or shape[1] != package.kv_heads or shape[3] != package.head_size:
+            # The builder leaves the last axis open, as it may be packed; the first run shows what it has to be.
+            if len(shape) != 4 or shape[1] != package.kv_heads or shape[3] not in (package.head_size, *_open(shape[3:])):
                 raise ModelLoadError(
                     f"'{past}' has the shape {shape}, expected [batch, {package.kv_heads}, tokens, {package.head_size}]"
                 )

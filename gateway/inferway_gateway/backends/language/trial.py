@@ -15,90 +15,23 @@ import hashlib
 import importlib.util
 import json
 import logging
-import socket
-import subprocess
-import sys
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ...core.errors import ModelExecutionError, ShuttingDownError, UnsupportedOperationError
 from ...core.generation import Constraint, GenerationParameterError
-from . import frames
+from ..programs import START_LIMIT_S, Program
 from .constraints import MAX_TEXT_BYTES, PARAMS
 
 _log = logging.getLogger(__name__)
 
 LIMIT_S: Final = 2.0
 """For one grammar. Those that people write take some milliseconds."""
-_START_LIMIT_S: Final = 30.0
 _REMEMBERED: Final = 512
 _MODULE: Final = "inferway_gateway.backends.language.trial_child"
-
-
-class _Child:
-    """The process. Used by one thread at a time."""
-
-    def __init__(self, model: bytes) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # Without our environment, where secrets may be; -P: nothing is imported from the working directory.
-            self._process = subprocess.Popen(  # noqa: S603 - our own program
-                [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # what is printed of a panic may hold a caller's text
-                pass_fds=(theirs.fileno(),),
-                env={
-                    "PYTHONPATH": str(Path(__file__).parents[3]),
-                    "PYTHONDONTWRITEBYTECODE": "1",
-                    "LC_ALL": "C.UTF-8",
-                    "OMP_NUM_THREADS": "1",
-                    "OPENBLAS_NUM_THREADS": "1",
-                    "RAYON_NUM_THREADS": "1",
-                    "MALLOC_ARENA_MAX": "1",
-                },
-            )
-        self._line = ours
-        try:
-            answer = self.ask(model, _START_LIMIT_S)
-        except BaseException:
-            self.end()
-            raise
-        if "error" in answer:
-            self.end()
-            raise EOFError(answer["error"])
-
-    def ask(self, message: bytes, limit_s: float) -> dict[str, Any]:
-        """Raises ``TimeoutError`` where the time is over and ``EOFError`` or ``OSError`` where the process ended."""
-        deadline = time.monotonic() + limit_s
-        self._line.settimeout(limit_s)
-        self._line.sendall(frames.pack(message))
-        (length,) = frames.LENGTH.unpack(self._read(frames.LENGTH.size, deadline))
-        answer: dict[str, Any] = json.loads(self._read(min(length, 1 << 16), deadline))
-        return answer
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        got = bytearray()
-        while len(got) < size:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            self._line.settimeout(left)
-            piece = self._line.recv(size - len(got))
-            if not piece:
-                raise EOFError
-            got += piece
-        return bytes(got)
-
-    def end(self) -> None:
-        self._line.close()
-        self._process.kill()
-        self._process.wait()
 
 
 class GrammarTrial:
@@ -112,7 +45,7 @@ class GrammarTrial:
         self._model = (tokenizer, list(ends), size)
         self._limit_s = limit_s
         self._threads = ThreadPoolExecutor(1, "inferway-trial")
-        self._child: _Child | None = None
+        self._child: Program | None = None
         self._turns: dict[str, tuple[asyncio.Lock, int]] = {}
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._closed = False
@@ -165,15 +98,9 @@ class GrammarTrial:
     def _try(self, message: bytes) -> str | None:
         """Why it cannot be used, in words; None where it can. On the thread."""
         if self._child is None:
-            tokenizer, ends, size = self._model
-            model = json.dumps({"tokenizer": tokenizer, "ends": ends, "size": size}).encode()
-            try:
-                self._child = _Child(model)
-            except (OSError, EOFError, ValueError) as error:
-                _log.error("the process that tries grammars does not start: %s", type(error).__name__)
-                raise ModelExecutionError("answers of this model cannot be held to a grammar now") from None
+            self._child = self._started()
         try:
-            problem = self._child.ask(message, self._limit_s).get("error")
+            problem = json.loads(self._child.ask(message, limit_s=self._limit_s)).get("error")
             return None if problem is None else str(problem)
         except TimeoutError:
             self._end()
@@ -182,6 +109,25 @@ class GrammarTrial:
         except (OSError, EOFError, ValueError):
             self._end()
             return "the grammar takes too much memory"
+
+    def _started(self) -> Program:
+        tokenizer, ends, size = self._model
+        model = json.dumps({"tokenizer": tokenizer, "ends": ends, "size": size}).encode()
+        problem: object = "it ended"
+        try:
+            child = Program(_MODULE)
+            try:
+                problem = json.loads(child.ask(model, limit_s=START_LIMIT_S)).get("error")
+                if problem is None:
+                    return child
+            except (TimeoutError, OSError, EOFError, ValueError):
+                child.end()
+            else:
+                child.end()
+        except OSError as error:
+            problem = error.strerror
+        _log.error("the process that tries grammars does not start: %s", str(problem)[:200])
+        raise ModelExecutionError("answers of this model cannot be held to a grammar now")
 
     def _end(self) -> None:
         child, self._child = self._child, None

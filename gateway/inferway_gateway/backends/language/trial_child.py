@@ -4,21 +4,19 @@ A grammar is a program of a caller's, and its compiler recurses and allocates as
 overrun its stack, another one take 36 s and 4 GB (llguidance 1.7, 23 November 2026). So it first does its work here,
 with little memory and little stack, and whoever waits for it ends the process when the time is over.
 
-Messages on the socket, both ways: frames of JSON. The first one has the tokenizer, and is answered with ``{}``; then
-each is a constraint and its answer, with ``error`` where it cannot be used.
+The first question has the tokenizer, and is answered with ``{}``; then each is a constraint and its answer, with
+``error`` where it cannot be used.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import socket
 import sys
 import threading
-from pathlib import Path
 from typing import Any, Final
 
-from inferway_gateway.backends.language import frames
+from inferway_gateway.backends import programs
 from inferway_gateway.backends.language.constraints import Grammars
 from inferway_gateway.core.errors import GatewayError
 from inferway_gateway.core.generation import Constraint
@@ -40,27 +38,15 @@ def respond(grammars: Grammars, asked: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def confine() -> None:
-    """Take from this process what compiling does not need."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
-
-
 def serve(stream: socket.socket) -> None:
-    said = frames.receive(stream)
-    if said is None:
-        return
-    model = json.loads(said)
+    asked = programs.questions(stream)
+    model = json.loads(next(asked))
     grammars = Grammars(model["tokenizer"], model["ends"], model["size"])
-    answer = respond(grammars, {"kind": "json_object", "text": ""})
-    confine()
-    stream.sendall(frames.pack(json.dumps(answer).encode()))
-    while (asked := frames.receive(stream)) is not None:
-        stream.sendall(frames.pack(json.dumps(respond(grammars, json.loads(asked))).encode()))
+    ready = respond(grammars, {"kind": "json_object", "text": ""})
+    programs.confine(MEMORY_BYTES)
+    programs.answer(stream, json.dumps(ready).encode())
+    for question in asked:
+        programs.answer(stream, json.dumps(respond(grammars, json.loads(question))).encode())
 
 
 def main() -> None:

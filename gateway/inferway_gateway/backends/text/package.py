@@ -9,6 +9,7 @@ log says what to write; what was declared and does not fit is an error.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any, Final
 import orjson
 
 from ...core.backend import Artifact
-from ...core.encoding import Activation, Pooling, Task, TextPackage, TextSpec
+from ...core.encoding import Activation, Pooling, Task, TextPackage, TextSpec, TextTokenizer
 from ...core.errors import ModelLoadError
 from ...core.model_config import ModelConfig, PaddingAxis, TextOptions
 from ...core.tensors import Signature, TensorSpec
-from .tokenizer import MISSING, LoadedTokenizer, TokenizerError, load_tokenizer, read_limited
+from .isolated import IsolatedTokenizer
+from .tokenizer import MAX_BYTES, MISSING, LoadedTokenizer, TokenizerError, read_limited
 
 _log = logging.getLogger("inferway.models")
 
@@ -43,6 +45,7 @@ _MODES: Final[Mapping[str, Pooling]] = {
     "lasttoken": "last",
 }  # fmt: skip
 _FLOATS: Final = ("FP32", "FP16", "FP64")
+_TRUNCATION: Final = re.compile(rb'"truncation"\s*:\s*(\{[^{}]{0,500}\})')
 _UNSAID: Final = 1_000_000
 """transformers write a number beyond it for a tokenizer without a bound."""
 
@@ -65,12 +68,16 @@ class _Said:
     default_prompt: str | None = None
 
 
-def read_package(artifact: Artifact, signature: Signature) -> TextPackage | None:
-    """``TextReader`` of ``core/encoding.py``."""
+def read_package(artifact: Artifact, signature: Signature, *, isolated: bool = False) -> TextPackage | None:
+    """``TextReader`` of ``core/encoding.py``.
+
+    Args:
+        isolated: the tokenizer is read and run in processes of its own.
+    """
     declared = artifact.config.text
     where = f"failed to load '{artifact.name}' version {artifact.version}: "
     try:
-        return _read(artifact, signature, declared)
+        return _read(artifact, signature, declared, isolated=isolated)
     except (_PackageError, TokenizerError) as error:
         if declared is None and str(error) == MISSING:
             _log.warning("'%s' version %d is served as tensors: %s", artifact.name, artifact.version, error)
@@ -78,7 +85,9 @@ def read_package(artifact: Artifact, signature: Signature) -> TextPackage | None
         raise ModelLoadError(f"{where}{error}") from None
 
 
-def _read(artifact: Artifact, signature: Signature, declared: TextOptions | None) -> TextPackage | None:
+def _read(
+    artifact: Artifact, signature: Signature, declared: TextOptions | None, *, isolated: bool
+) -> TextPackage | None:
     folders = _folders(artifact)
     path = _find(folders, TOKENIZER_FILE)
     if path is None:
@@ -100,8 +109,9 @@ def _read(artifact: Artifact, signature: Signature, declared: TextOptions | None
     if isinstance(spec, str):
         _log.warning("'%s' version %d is served as tensors: %s", artifact.name, artifact.version, spec)
         return None
-    tokenizer = load_tokenizer(path)
-    spec = _limits(spec, options, said, tokenizer, path)
+    content = read_limited(path, MAX_BYTES)
+    tokenizer = IsolatedTokenizer(content) if isolated else LoadedTokenizer(content)
+    spec = _limits(spec, options, said, tokenizer, content)
     return TextPackage(spec, tokenizer, _padded(artifact.config, spec, signature, said))
 
 
@@ -314,13 +324,15 @@ def _activation(task: Task, said: _Said, width: int, *, multi: bool) -> Activati
     return "sigmoid" if multi or width == 1 else "softmax"
 
 
-def _limits(spec: TextSpec, options: TextOptions, said: _Said, tokenizer: LoadedTokenizer, path: Path) -> TextSpec:
+def _limits(spec: TextSpec, options: TextOptions, said: _Said, tokenizer: TextTokenizer, content: bytes) -> TextSpec:
     """The spec with the number of tokens that a text may have."""
     positions = said.config.get("max_position_embeddings")
     hard = spec.length or (positions if isinstance(positions, int) and positions > 0 else 0)
     if hard and not spec.length and said.config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         hard -= 2  # their positions begin behind the padding's
-    wanted = options.max_tokens or said.max_tokens or _cut(path) or min(hard or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS)
+    wanted = (
+        options.max_tokens or said.max_tokens or _cut(content) or min(hard or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS)
+    )
     if options.max_tokens and hard and options.max_tokens > hard:
         raise _PackageError(f"[text] max_tokens is {options.max_tokens}, the model reads at most {hard}")
     most = min(wanted, hard) if hard else wanted
@@ -332,10 +344,13 @@ def _limits(spec: TextSpec, options: TextOptions, said: _Said, tokenizer: Loaded
     return replace(spec, max_tokens=most)
 
 
-def _cut(path: Path) -> int | None:
-    """Where the tokenizer's own file would cut texts."""
-    document = orjson.loads(path.read_bytes())  # was read and found good a moment ago
-    truncation = document.get("truncation")
+def _cut(content: bytes) -> int | None:
+    """Where the tokenizer's own file would cut texts. Parsed in part: the file may be huge, and is somebody else's."""
+    found = _TRUNCATION.search(content)
+    try:
+        truncation = None if found is None else orjson.loads(found[1])
+    except orjson.JSONDecodeError:
+        return None
     length = truncation.get("max_length") if isinstance(truncation, dict) else None
     return length if isinstance(length, int) and 0 < length < _UNSAID else None
 

@@ -150,6 +150,55 @@ class LoadedTokenizer:
         return found
 
 
+class MarkingTokenizer:
+    """The tokenizer of a language model, in which names of special tokens become those tokens where that is wanted.
+
+    Args:
+        content: of ``tokenizer.json``, as it is: what its parts may cost is not looked at.
+    Raises:
+        TokenizerError: it cannot be used, or the library is missing.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        try:
+            from tokenizers import Tokenizer  # not a cycle: an optional library, missed only where it is needed
+        except ImportError:
+            raise TokenizerError("language models need the package tokenizers: install 'inferway[language]'") from None
+        try:
+            text = content.decode()
+            self._marking, self._plain = Tokenizer.from_str(text), Tokenizer.from_str(text)
+            for tokenizer in (self._marking, self._plain):
+                tokenizer.no_truncation()
+                tokenizer.no_padding()
+            self._plain.encode_special_tokens = True
+            self.begin: Final[tuple[int, ...]] = _beginning(self._marking)
+        except BaseException as error:  # a panic in Rust is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise TokenizerError(f"tokenizer.json cannot be used: {str(error)[:300]}") from None
+
+    def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """Token ids of each text, without those that belong in front or at the end. Blocks.
+
+        Raises:
+            ModelExecutionError: the library fails on a text.
+        """
+        tokenizer = self._marking if special else self._plain
+        # Of the library's ways to encode, only those for several texts give the interpreter's lock back.
+        try:
+            return [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise ModelExecutionError("the model's tokenizer failed on a text of this request") from None
+
+
+def _beginning(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text."""
+    bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return tuple(whole[: max(len(whole) - len(bare), 0)]) if whole[len(whole) - len(bare) :] == bare else ()
+
+
 def load_tokenizer(path: Path) -> LoadedTokenizer:
     """Read, check and open ``tokenizer.json``. Blocks. Raises ``TokenizerError``."""
     return LoadedTokenizer(read_limited(path, MAX_BYTES))

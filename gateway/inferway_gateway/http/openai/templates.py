@@ -200,13 +200,15 @@ class Guarded:
         """Token ids of a rendered prompt, in which only the template's own special tokens are such."""
         if not self._taken:
             return await generator.encode(prompt)
-        tokens: list[int] = []
         parts = re.split(f"{_MARK}{self._nonce}([0-9]+){_MARK_END}", prompt)
-        for index, part in enumerate(parts):
-            if index % 2:
-                tokens += await generator.encode(self._taken[int(part)], special=False)
-            elif part:
-                tokens += await generator.encode(part)
+        # All at once, and each name once: there may be a hundred thousand of them.
+        names = sorted(set(self._taken))
+        plain = dict(zip(names, await generator.encode_all(names, special=False), strict=True))
+        own = await generator.encode_all(parts[::2])
+        tokens = own[0]
+        for mark, ids in zip(parts[1::2], own[1:], strict=True):
+            tokens += plain[self._taken[int(mark)]]
+            tokens += ids
         return tokens
 
 

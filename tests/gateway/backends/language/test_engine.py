@@ -17,7 +17,13 @@ from inferway_gateway.core.errors import (
     QueueFullError,
     ShuttingDownError,
 )
-from inferway_gateway.core.generation import Constraint, GenerationRequest, Sampling
+from inferway_gateway.core.generation import (
+    Constraint,
+    ContextLengthError,
+    GenerationParameterError,
+    GenerationRequest,
+    Sampling,
+)
 
 from .conftest import GREEDY, PROMPT, OpenModel, Whole, ask, read, until
 
@@ -270,3 +276,32 @@ async def test_adapters_and_none_go_into_one_batch(open_language: OpenModel) -> 
     together = await asyncio.gather(*(ask(lora, max_tokens=6, adapter=name, logprobs=0, key_id="b") for name in names))
     assert [whole.logprobs for whole in together] == [whole.logprobs for whole in alone]
     assert len({whole.logprobs for whole in alone}) == 3
+
+
+async def test_a_text_far_beyond_the_context_is_not_even_encoded(tiny: Generator) -> None:
+    with pytest.raises(ContextLengthError) as caught:
+        await tiny.encode("a" * ((1 << 20) + 1))
+    assert caught.value.param == "prompt"
+    assert "2048" in caught.value.message
+    assert "1048577" in caught.value.message
+
+
+async def test_half_a_surrogate_pair_is_refused_by_its_field(tiny: Generator) -> None:
+    with pytest.raises(GenerationParameterError) as caught:
+        await tiny.encode("\ud800")
+    assert caught.value.param == "prompt"
+
+
+async def test_a_long_text_is_encoded_while_others_go_on(tiny: Generator) -> None:
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    turning = asyncio.create_task(turn())
+    assert len(await tiny.encode("word " * 200_000)) == 200_001
+    turning.cancel()
+    assert turns > 100

@@ -163,3 +163,9 @@ async def test_what_a_tokenizer_puts_in_front_of_texts_is_known(open_language: O
     generator = await open_language(folder)
     assert generator.begin == (1,)
     assert await generator.encode("a") == [81]
+
+
+async def test_a_tokenizer_of_millions_of_lists_is_not_parsed(open_language: OpenModel, folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"x": [' + "[]," * 2_100_000 + "[]]}")
+    with pytest.raises(ModelLoadError, match="more than 4000000 values"):
+        await open_language(folder)

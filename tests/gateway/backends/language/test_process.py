@@ -13,7 +13,7 @@ import pytest
 
 from inferway_gateway.backends.language.generator import Generator
 from inferway_gateway.backends.language.process import ProcessLink
-from inferway_gateway.core.errors import ModelLoadError, ModelNotReadyError, WorkerCrashedError
+from inferway_gateway.core.errors import ModelExecutionError, ModelLoadError, ModelNotReadyError, WorkerCrashedError
 from inferway_gateway.core.generation import Constraint, GenerationParameterError, Sampling
 
 from .conftest import OpenModel, ask, folder_of, until
@@ -102,3 +102,31 @@ async def test_what_the_process_refuses_is_told(open_isolated: OpenModel, tmp_pa
     (folder / "genai_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLoadError, match=r"expected \[batch, 2, tokens, 32\]"):
         await open_isolated(folder)
+
+
+async def test_a_tokenizer_without_end_keeps_nobody_waiting_but_its_own_callers(
+    open_isolated: OpenModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / "endless"
+    shutil.copytree(folder_of("tiny-llm"), folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": "a+a+a+b"}, "behavior": "Isolated", "invert": False
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    generator = (await open_isolated(folder)).generator
+    generator._tokenizer._limit_s = 0.5
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    turning = asyncio.create_task(turn())
+    with pytest.raises(ModelExecutionError, match="longer than"):
+        await generator.encode("a" * 1900)
+    turning.cancel()
+    assert turns > 100
+    assert await generator.encode("x") != []

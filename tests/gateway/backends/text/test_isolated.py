@@ -1,0 +1,88 @@
+"""Tokenizers in processes of their own: the same tokens, and nothing that a file does gets out."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+
+import pytest
+
+import text_models
+from inferway_gateway.backends.text.isolated import IsolatedTokenizer
+from inferway_gateway.backends.text.tokenizer import LoadedTokenizer, MarkingTokenizer, TokenizerError
+from inferway_gateway.core.errors import ModelExecutionError
+from text_models import as_bytes
+
+ENDLESS = {"type": "Split", "pattern": {"Regex": "w+w+w+b"}, "behavior": "Isolated", "invert": False}
+"""Allowed by every look at it, and takes minutes for two thousand letters."""
+GROWING = {"type": "Replace", "pattern": {"String": "w"}, "content": "w" * 16}
+
+
+def isolated(limit_s: float = 20.0, **changes: Any) -> IsolatedTokenizer:
+    return IsolatedTokenizer(as_bytes(text_models.tokenizer(**changes)), limit_s=limit_s)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> IsolatedTokenizer:
+    return isolated()
+
+
+def test_it_gives_what_one_in_the_gateway_gives(tokenizer: IsolatedTokenizer) -> None:
+    own = LoadedTokenizer(as_bytes(text_models.tokenizer()))
+    texts = ["W1 w2", "", "nothing w95", "w3 " * 5000]
+    assert tokenizer.encode(texts) == own.encode(texts)
+    assert tokenizer.encode([]) == []
+    assert (tokenizer.vocabulary, tokenizer.single, tokenizer.pair) == (own.vocabulary, own.single, own.pair)
+
+
+def test_for_a_generator_names_become_tokens_only_where_they_may() -> None:
+    content = as_bytes(text_models.tokenizer())
+    own, process = MarkingTokenizer(content), IsolatedTokenizer(content, "generator")
+    for special in (True, False):
+        assert process.encode(["w1[SEP]w2"], special) == own.encode(["w1[SEP]w2"], special)
+    assert own.encode(["w1[SEP]w2"], True) != own.encode(["w1[SEP]w2"], False)
+    assert process.begin == own.begin
+
+
+def test_several_threads_may_use_it(tokenizer: IsolatedTokenizer) -> None:
+    found: list[list[list[int]]] = []
+    threads = [threading.Thread(target=lambda: found.append(tokenizer.encode(["w1 w2"] * 50))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [[[5, 6]] * 50] * 6
+
+
+def test_a_text_without_end_ends_with_its_process_and_the_next_one_is_answered() -> None:
+    tokenizer = isolated(0.5, pre_tokenizer=ENDLESS)
+    with pytest.raises(ModelExecutionError, match=r"longer than 0\.5 s"):
+        tokenizer.encode(["w" * 3000])
+    assert tokenizer.encode(["nothing"]) == [[1]]
+
+
+def test_a_text_that_takes_all_memory_ends_its_process_alone(tokenizer: IsolatedTokenizer) -> None:
+    growing = isolated(normalizer=GROWING)
+    with pytest.raises(ModelExecutionError, match=r"ended|longer|failed"):
+        growing.encode(["w" * 8_000_000])
+    assert growing.encode(["nothing"]) == [[1]]
+    assert tokenizer.encode(["w1"]) == [[5]]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"null", b'{"model": 5}', b"\xff"], ids=range(6))
+@pytest.mark.parametrize("kind", ["encoder", "generator"])
+def test_what_is_no_tokenizer_is_refused_in_words(kind: Any, content: bytes) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        IsolatedTokenizer(content, kind)
+
+
+def test_its_processes_end_with_it() -> None:
+    tokenizer = isolated()
+    child = tokenizer._idle.get()
+    tokenizer._idle.put(child)
+    assert child is not None
+    assert not child.ended
+    del tokenizer
+    gc.collect()
+    assert child.ended
