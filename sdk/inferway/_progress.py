@@ -53,8 +53,8 @@ def reporter(progress: Progress) -> Callable[[DeployEvent], object]:
     """What events are given to."""
     if callable(progress):
         return progress
-    notebook = _in_notebook()
-    if progress is False or (progress is None and not notebook and not _looked_at()):
+    notebook = in_notebook()
+    if progress is False or (progress is None and not notebook and not looked_at()):
         return _silent
     return _Bar(notebook)
 
@@ -63,12 +63,12 @@ def _silent(_: DeployEvent) -> None:
     return None
 
 
-def _looked_at() -> bool:
+def looked_at() -> bool:
     # A program without a console has no stderr at all.
     return bool(sys.stderr) and sys.stderr.isatty()
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
     """Whether a notebook's kernel runs this; it has imported IPython then."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
@@ -140,21 +140,51 @@ class _Bar:
             self._bar = None
 
 
-def _tqdm(of: str, total: int, notebook: bool) -> Any:
+def counter(
+    progress: Callable[[int, int], object] | bool | None, of: str
+) -> tuple[Callable[[int, int], object], Callable[[], object]]:
+    """What is told how much of how much is done, and what ends it. `progress` as `Progress`, with two numbers."""
+    if callable(progress):
+        return progress, lambda: None
+    notebook = in_notebook()
+    if progress is False or (progress is None and not notebook and not looked_at()):
+        return lambda done, total: None, lambda: None
+    bars: list[Any] = []
+
+    def tell(done: int, total: int) -> None:
+        if not bars:
+            bars.append([_tqdm(of, total, notebook, "") or _PlainBar(of, total, ""), 0])
+        bar, before = bars[0]
+        bar.update(done - before)
+        bars[0][1] = done
+
+    return tell, lambda: bars[0][0].close() if bars else None
+
+
+def _tqdm(of: str, total: int, notebook: bool, unit: str = "B") -> Any:
     """A bar of tqdm's; None where it is not installed. Without ipywidgets its notebook bar is none."""
     if find_spec("tqdm") is None:
         return None
     module = "tqdm.notebook" if notebook and find_spec("ipywidgets") is not None else "tqdm.std"
     bar: Any = import_module(module).tqdm
-    return bar(desc=of, total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=_REDRAW_S, leave=False)
+    return bar(
+        desc=of,
+        total=total,
+        unit=unit,
+        unit_scale=True,
+        unit_divisor=1024 if unit else 1000,
+        delay=_REDRAW_S,
+        leave=False,
+    )
 
 
 class _PlainBar:
     """The same in a line that is written over."""
 
-    def __init__(self, of: str, total: int) -> None:
+    def __init__(self, of: str, total: int, unit: str = "B") -> None:
         self._of = of
         self._total = total
+        self._unit = unit
         self._done = 0
         self._drawn = time.monotonic()
         self._width = 0
@@ -165,7 +195,8 @@ class _PlainBar:
         if now - self._drawn >= _REDRAW_S:
             self._drawn = now
             percent = 100 * self._done // max(1, self._total)
-            self._draw(f"{self._of} {percent} % of {size_text(self._total)}")
+            total = size_text(self._total) if self._unit else f"{self._total:,}"
+            self._draw(f"{self._of} {percent} % of {total}")
 
     def close(self) -> None:
         if self._width:
