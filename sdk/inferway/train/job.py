@@ -63,8 +63,9 @@ class OptimizerSpec:
     """An optimiser, said in numbers. Names and defaults as in Keras and PyTorch where the two agree.
 
     Attributes:
-        kind: sgd with ``momentum`` and ``nesterov``; adam with ``beta1``, ``beta2`` and ``epsilon``, and, as adamw,
-            with ``weight_decay`` that is decoupled from the gradient.
+        kind: sgd with ``momentum`` and ``nesterov``; adam and adamw with ``beta1``, ``beta2`` and ``epsilon``.
+        weight_decay: adamw: decoupled from the gradient, as Keras has it in every optimiser; sgd and adam: added to the
+            gradient, as in PyTorch.
         epsilon_in: ``corrected``: added to the root of the bias-corrected second moment, as in PyTorch; ``raw``: to the
             root of the uncorrected one, with the learning rate corrected for both moments, as in Keras.
     """
