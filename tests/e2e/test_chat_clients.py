@@ -154,6 +154,7 @@ def test_a_demanded_call_is_well_formed_also_as_a_stream(client: openai.OpenAI, 
 def test_models_are_listed_for_whom_they_are(gateway: LiveGateway, client: openai.OpenAI) -> None:
     assert [m.id for m in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "inferway"
+    assert client.models.retrieve(f"{MODEL}/versions/1").id == f"{MODEL}/versions/1"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("some/where/else")
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.make_key("infer", models=["other"])) as stranger:

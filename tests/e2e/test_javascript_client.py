@@ -66,6 +66,9 @@ def test_the_javascript_package_chats_streams_calls_and_embeds(packages: Path, t
     assert out["called"][1] in ("Bern", "Rome")
     assert out["models"] == ["embed", "tiny-llm"]
     assert_allclose(out["embedding"][0], TABLE[[2, 5, 3]].mean(axis=0), atol=1e-6)
+    assert_allclose(out["floats"], out["embedding"][0], atol=1e-6)
+    assert out["retrieved"] == "tiny-llm/versions/1"
+    assert out["errors"]["version"][:4] == ["NotFoundError", 404, "version_not_found", "model"]
     assert out["errors"]["missing"][:4] == ["NotFoundError", 404, "model_not_found", "model"]
     assert out["errors"]["bad"][:4] == ["BadRequestError", 400, "invalid_parameter", "temperature"]
     assert "temperature" in out["errors"]["bad"][4]

@@ -44,10 +44,17 @@ out.embedding = (await client.embeddings.create({ model: embedder, input: ["w1",
   (one) => one.embedding,
 );
 
+// It asks for base64 by itself, and gives numbers; asked for numbers it takes them as they come.
+out.floats = (
+  await client.embeddings.create({ model: embedder, input: "w1", encoding_format: "float" })
+).data[0].embedding;
+out.retrieved = (await client.models.retrieve(`${model}/versions/1`)).id;
+
 out.errors = {};
 for (const [name, wrong] of Object.entries({
   missing: { ...asked, model: "nobody" },
   bad: { ...asked, temperature: 9 },
+  version: { ...asked, model: `${model}/versions/9` },
 })) {
   try {
     await client.chat.completions.create(wrong);
