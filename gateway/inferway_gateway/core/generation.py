@@ -29,6 +29,28 @@ TOKEN_SECONDS_BOUNDS: Final = (
 STEPS_BOUNDS: Final = (0.0, 1.0, 2.0, 3.0, 4.0, 8.0)
 
 
+_LEAST_CHARACTERS: Final = 1 << 20
+_CHARACTERS_A_TOKEN: Final = 16
+"""More than a text that fills a context has on the average."""
+
+
+def most_characters(context_length: int) -> int:
+    """Of a text that is encoded at all: what is longer does not fit the context, and encoding takes some 300 bytes of
+    memory for each character."""
+    return max(_LEAST_CHARACTERS, _CHARACTERS_A_TOKEN * context_length)
+
+
+def check_characters(characters: int, context_length: int) -> None:
+    """Raises ``ContextLengthError``."""
+    most = most_characters(context_length)
+    if characters > most:
+        raise ContextLengthError(
+            f"the model takes at most {context_length} tokens, too few for a text of more than {most} characters; the "
+            f"prompt has {characters}",
+            "prompt",
+        )
+
+
 GenerationParameterError = InvalidParameterError
 """A parameter of a generation cannot be what it is; ``param`` names it."""
 

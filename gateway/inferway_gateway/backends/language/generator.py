@@ -25,6 +25,7 @@ from ...core.generation import (
     GenerationStats,
     TokenLogprob,
     Usage,
+    check_characters,
 )
 from ...core.stats import ModelStats
 from .orders import Failure, Order, Piece, RawLogprob, Report
@@ -37,9 +38,6 @@ _log = logging.getLogger(__name__)
 _SHORT_CHARS: Final = 2000
 """Encoding that many takes some 0.5 ms; more is done on a thread."""
 _MAX_STOP_CHARS: Final = 1000
-_MAX_ENCODED_CHARS: Final = 1 << 20
-_MOST_CHARS_A_TOKEN: Final = 16
-"""On the average of a text that fills a context. Encoding takes some 300 bytes of memory for each character."""
 
 
 class Link(Protocol):
@@ -141,13 +139,7 @@ class Generator:
         if not texts:
             return []
         characters = sum(map(len, texts))
-        most = max(_MAX_ENCODED_CHARS, _MOST_CHARS_A_TOKEN * self.context_length)
-        if characters > most:
-            raise ContextLengthError(
-                f"the model takes at most {self.context_length} tokens, which is less than a text of more than {most} "
-                f"characters has; the prompt has {characters}",
-                "prompt",
-            )
+        check_characters(characters, self.context_length)
         try:
             if characters <= _SHORT_CHARS and not self._isolated:
                 found = self._tokenizer.encode(texts, special)

@@ -10,9 +10,9 @@ from typing import Any, Final
 from inferway_contract import models as contract
 
 from ...core.errors import ContextLengthError, InvalidParameterError
-from ...core.generation import Constraint, GenerationRequest, Sampling, TextGenerator
+from ...core.generation import Constraint, GenerationRequest, Sampling, TextGenerator, check_characters
 from .templates import Guarded, TemplateRenderer
-from .tools import Tools, instructions
+from .tools import MAX_DEPTH, Tools, depth, instructions
 
 _MOST_CHOICES: Final = 128
 """Answers of one request for completions, over all its prompts."""
@@ -152,9 +152,13 @@ def _content(message: contract.ChatMessage, where: str) -> str | None:
 def _call(call: contract.ToolCall, where: str) -> dict[str, Any]:
     try:
         arguments = json.loads(call.function.arguments or "{}")
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # neither NaN nor half a surrogate pair
     except (ValueError, RecursionError):
         param = f"{where}.function.arguments"
         raise InvalidParameterError(f"{param}: expected JSON", param) from None
+    if depth(arguments) > MAX_DEPTH:
+        param = f"{where}.function.arguments"
+        raise InvalidParameterError(f"{param}: expected at most {MAX_DEPTH} levels", param)
     return {
         "id": call.id or "",
         "type": "function",
@@ -189,6 +193,11 @@ async def chat_prompt(
             "takes prompts as they are",
             "model",
         )
+    # Before anything walks through them: a name of a special token grows by twenty characters on its way.
+    check_characters(sum(len(message["content"]) for message in messages), generator.context_length)
+    if depth(body.chat_template_kwargs) > MAX_DEPTH:
+        param = "chat_template_kwargs"
+        raise InvalidParameterError(f"{param}: expected at most {MAX_DEPTH} levels", param)
     native = "tools" in template.source
     if not native:
         messages = _in_words(messages, tools)

@@ -30,6 +30,10 @@ _MAY_BE_HEAD: Final = 4096
 """Characters within which a call's name and the beginning of its arguments are looked for; then the call is read as a
 whole."""
 _MOST_CALL_CHARACTERS: Final = 1 << 20
+MAX_SCHEMA_BYTES: Final = 64 * 1024
+"""Of all tools' parameters together, where an answer is held to them."""
+MAX_DEPTH: Final = 64
+"""Of JSON that a template or a grammar gets to see: what walks through it does so recursively."""
 _NO_ARGUMENTS: Final[dict[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 _LITERAL: Final = frozenset({"const", "enum", "default", "examples", "required"})
@@ -59,27 +63,35 @@ class Tools:
         """What the answer is held to, where a call is demanded."""
         if self.choice != "forced":
             return None
-        calls: list[dict[str, Any]] = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool["function"]["name"]},
-                    "arguments": _schema(tool["function"].get("parameters")),
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in self.offered
-        ]
+        definitions: dict[str, Any] = {}
+        calls: list[dict[str, Any]] = []
+        left = MAX_SCHEMA_BYTES
+        for index, tool in enumerate(self.offered):
+            parameters = tool["function"].get("parameters")
+            left -= len(json.dumps(parameters))
+            if left < 0:
+                raise InvalidParameterError(
+                    f"tools: expected parameters of at most {MAX_SCHEMA_BYTES} bytes in all where a call is demanded",
+                    "tools",
+                )
+            arguments, refers = _moved(_schema(parameters), f"#/$defs/{index}")
+            if refers:  # it goes where its references find it
+                definitions[str(index)] = arguments
+                arguments = {"$ref": f"#/$defs/{index}"}
+            calls.append(
+                {
+                    "type": "object",
+                    "properties": {"name": {"const": tool["function"]["name"]}, "arguments": arguments},
+                    "required": ["name", "arguments"],
+                    "additionalProperties": False,
+                }
+            )
         schema: dict[str, Any] = {
             "type": "array",
             "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
             "minItems": 1,
             "maxItems": 1 if self.single else 16,
         }
-        definitions: dict[str, Any] = {}
-        for call in calls:
-            _hoist(call["properties"]["arguments"], definitions)
         if definitions:
             schema["$defs"] = definitions
         # Space between members says nothing, and a model that begins with it may not end.
@@ -99,6 +111,9 @@ def read_tools(body: contract.ChatCompletionRequest) -> Tools:
         if name in names[:index]:
             param = f"tools[{index}].function.name"
             raise InvalidParameterError(f"{param}: expected each name once, got '{name}' twice", param)
+        if depth(tools[index].function.parameters) > MAX_DEPTH:
+            param = f"tools[{index}].function.parameters"
+            raise InvalidParameterError(f"{param}: expected at most {MAX_DEPTH} levels", param)
     wanted = body.tool_choice
     single = body.parallel_tool_calls is False
     choice: Choice = "auto" if tools else "none"
@@ -116,6 +131,15 @@ def read_tools(body: contract.ChatCompletionRequest) -> Tools:
         choice, tools = "none", []
     offered = tuple(_plain(tool) for tool in tools)
     return Tools(offered, frozenset(tool["function"]["name"] for tool in offered), choice, single)
+
+
+def depth(value: Any) -> int:
+    """Levels of JSON inside of one another."""
+    levels, inner = 0, [value]
+    while inner := [one for one in inner if isinstance(one, dict | list)]:
+        levels += 1
+        inner = [deep for one in inner for deep in (one.values() if isinstance(one, dict) else one)]
+    return levels
 
 
 def _plain(tool: contract.FunctionTool) -> dict[str, Any]:
@@ -149,26 +173,28 @@ def _closed(node: Any) -> Any:
     return closed
 
 
-def _hoist(schema: dict[str, Any], definitions: dict[str, Any]) -> None:
-    """Definitions are looked for at the top of a schema, and this one is no longer the top."""
-    for word in ("$defs", "definitions"):
-        for name, definition in (schema.pop(word, None) or {}).items():
-            definitions.setdefault(name, definition)
-    _redirect(schema)
-    for definition in definitions.values():
-        _redirect(definition)
+def _moved(node: Any, base: str) -> tuple[Any, bool]:
+    """A schema whose references are good where it no longer is the root, and whether it has any.
 
+    Args:
+        base: what the schema is called in the new root, such as ``#/$defs/0``.
+    """
+    refers = False
 
-def _redirect(node: Any) -> None:
-    if isinstance(node, dict):
+    def move(node: Any) -> Any:
+        nonlocal refers
+        if isinstance(node, list):
+            return [move(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        moved = {name: member if name in _LITERAL else move(member) for name, member in node.items()}
         target = node.get("$ref")
-        if isinstance(target, str) and target.startswith("#/definitions/"):
-            node["$ref"] = "#/$defs/" + target.removeprefix("#/definitions/")
-        for member in node.values():
-            _redirect(member)
-    elif isinstance(node, list):
-        for item in node:
-            _redirect(item)
+        if isinstance(target, str) and target.startswith("#"):
+            refers = True
+            moved["$ref"] = base + target[1:]
+        return moved
+
+    return move(node), refers
 
 
 def instructions(tools: Tools) -> str:

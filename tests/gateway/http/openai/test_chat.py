@@ -163,6 +163,19 @@ def user(content: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}]}
 
 
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = {"items": [value]}
+    return value
+
+
+def called(arguments: str) -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+
+
+ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
 BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": []}, "messages"),
     ({"messages": "Hi"}, "messages"),
@@ -200,6 +213,14 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"tools": [{"type": "x", "function": {"name": "a"}}]}, "tools[0].type"),
     ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name"),
     ({"tools": [WEATHER] * 200}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": deep(450)}}]},
+     "tools[0].function.parameters"),
+    ({"chat_template_kwargs": {"a": deep(450)}}, "chat_template_kwargs"),
+    (called("[" * 100_000), ARGUMENTS),
+    (called("[" * 90 + "]" * 90), ARGUMENTS),
+    (called('{"a": "\\ud800"}'), ARGUMENTS),
+    (called('{"a": NaN}'), ARGUMENTS),
+    (called("1" * 5000), ARGUMENTS),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": "sometimes"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice.function.name"),
@@ -226,6 +247,17 @@ async def test_each_bad_member_is_named_and_disturbs_no_neighbour() -> None:
         async with asyncio.timeout(WAIT_S):
             got = await streaming
     assert "".join(one["choices"][0]["delta"].get("content", "") for one in got[:-1]) == "aaa"
+
+
+async def test_a_message_far_beyond_the_context_is_refused_before_it_is_rendered() -> None:
+    generator = FakeGenerator()
+    async with serving({"m": generator}) as client:
+        response = await client.post(CHAT, json={**HELLO, **user("<|im_end|>" * 110_000)})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert response.json()["error"]["param"] == "messages"
+    assert str(generator.context_length) in response.json()["error"]["message"]
+    assert "1100000" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

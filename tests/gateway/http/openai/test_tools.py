@@ -116,10 +116,41 @@ def test_arguments_of_a_demanded_call_are_those_that_are_named() -> None:
     assert constraint is not None
     schema = json.loads(constraint.text)
     first, second = (call["properties"]["arguments"] for call in schema["items"]["anyOf"])
-    assert first["properties"]["a"] == {"$ref": "#/$defs/I"}
+    assert first == {"$ref": "#/$defs/0"}
+    first = schema["$defs"]["0"]
+    assert first["properties"]["a"] == {"$ref": "#/$defs/0/definitions/I"}
     assert first["additionalProperties"] is False
     assert second == {"type": "object", "properties": {}, "additionalProperties": False}
-    assert schema["$defs"]["I"] == {**inner, "additionalProperties": False}
+    assert first["definitions"]["I"] == {**inner, "additionalProperties": False}
+
+
+def test_definitions_of_one_name_in_two_tools_are_not_mixed_up() -> None:
+    def parameters(kind: str) -> dict[str, Any]:
+        return {"type": "object", "properties": {"a": {"$ref": "#/$defs/I"}}, "$defs": {"I": {"type": kind}}}
+
+    tools = read_tools(
+        request(tools=[tool("f", parameters("string")), tool("g", parameters("integer"))], tool_choice="required")
+    )
+    constraint = tools.constraint()
+    assert constraint is not None
+    schema = json.loads(constraint.text)
+    first, second = schema["$defs"]["0"], schema["$defs"]["1"]
+    assert (first["properties"]["a"], first["$defs"]["I"]) == ({"$ref": "#/$defs/0/$defs/I"}, {"type": "string"})
+    assert (second["properties"]["a"], second["$defs"]["I"]) == ({"$ref": "#/$defs/1/$defs/I"}, {"type": "integer"})
+
+
+def test_demanded_calls_of_large_schemas_are_refused_before_they_are_walked_through() -> None:
+    large = {"type": "object", "$defs": {f"d{i}": {"type": "string"} for i in range(3000)}}
+    tools = read_tools(request(tools=[tool(f"f{i}", large) for i in range(128)], tool_choice="required"))
+    with pytest.raises(InvalidParameterError, match="at most 65536 bytes") as bad:
+        tools.constraint()
+    assert bad.value.param == "tools"
+
+
+@pytest.mark.parametrize("parameters", [{"$defs": 5}, {"$defs": [1], "properties": 5}, {"definitions": None}])
+def test_definitions_that_are_none_are_left_to_the_compiler(parameters: dict[str, Any]) -> None:
+    constraint = read_tools(request(tools=[tool("f", {"type": "object", **parameters})], tool_choice="required"))
+    assert constraint.constraint() is not None
 
 
 @pytest.mark.parametrize(
