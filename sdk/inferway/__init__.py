@@ -104,7 +104,9 @@ if TYPE_CHECKING:
     from ._version import __version__
     from .build.export import to_onnx
     from .build.model import OnnxModel
+    from .build.package import Package, package
     from .build.verify import Verification, VerifiedCase
+    from .explain.explanation import Explanation
     from .resources.deployments import AsyncDeployment, Deployment
     from .resources.inference import AsyncModelHandle, ModelHandle
 
@@ -144,6 +146,7 @@ __all__ = [
     "DeploymentNotFoundError",
     "DigestMismatchError",
     "EmbeddingResult",
+    "Explanation",
     "ExportError",
     "ExportMismatchError",
     "Finish",
@@ -171,6 +174,7 @@ __all__ = [
     "NotFoundError",
     "NotGiven",
     "OnnxModel",
+    "Package",
     "PayloadTooLargeError",
     "PermissionDeniedError",
     "QueueFullError",
@@ -204,6 +208,7 @@ __all__ = [
     "VersionNotFoundError",
     "WorkerCrashedError",
     "__version__",
+    "package",
     "to_onnx",
 ]
 
@@ -247,9 +252,12 @@ _MODULES = {
     "TensorSpec": "_signature",
     "Timeout": "_options",
     "OnnxModel": "build.model",
+    "Package": "build.package",
+    "package": "build.package",
     "Verification": "build.verify",
     "VerifiedCase": "build.verify",
     "to_onnx": "build.export",
+    "Explanation": "explain.explanation",
     "__version__": "_version",
 }
 """Where public names live; every other one is an error, in ``_errors``."""

@@ -26,6 +26,8 @@ from .._inputs import fit, items_of
 from .._options import RequestOptions
 from .._signature import ModelMetadata
 from .._tensors import Array
+from ..explain.explanation import Explanation
+from ..explain.remote import ExplainOptions, explain_async, explain_sync, question_of
 
 _FRESH_S: Final = 1.0
 """A signature younger than this is believed, so that a loop over bad inputs does not fetch it for each of them."""
@@ -169,6 +171,11 @@ class ModelHandle(_Handle):
     ) -> Array | dict[str, Array]:
         """`infer` with nothing around the arrays: the array of a single output, else output name to array."""
         return _bare(run(self, inputs, outputs, id, parameters, priority, binary, options))
+
+    def explain(self, x: object, background: object = None, **arguments: Unpack[ExplainOptions]) -> Explanation:
+        """What predictions of this model rest on: Shapley values. Everything is as in `Models.explain`."""
+        question, options = question_of(self.name, self.version, x, background, arguments)
+        return explain_sync(question, self._engine, options)
 
     @overload
     def map(
@@ -381,6 +388,11 @@ class AsyncModelHandle(_Handle):
     ) -> Array | dict[str, Array]:
         """`infer` with nothing around the arrays: the array of a single output, else output name to array."""
         return _bare(await run_async(self, inputs, outputs, id, parameters, priority, binary, options))
+
+    async def explain(self, x: object, background: object = None, **arguments: Unpack[ExplainOptions]) -> Explanation:
+        """What predictions of this model rest on: Shapley values. Everything is as in `Models.explain`."""
+        question, options = question_of(self.name, self.version, x, background, arguments)
+        return await explain_async(question, self._engine, options)
 
     @overload
     def map(

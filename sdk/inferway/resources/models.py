@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, Unpack, cast
 
 from .._calls import (
@@ -35,6 +35,8 @@ from .._options import RequestOptions
 from .._package import ModelSource
 from .._progress import Progress
 from .._signature import ModelMetadata
+from ..explain.explanation import Explanation
+from ..explain.remote import MASK, Question, Task, explain_async, explain_sync
 from .deployments import AsyncDeployment, Deployment, Job, deploy, deploy_async
 
 if TYPE_CHECKING:
@@ -268,6 +270,67 @@ class Models:
         job = Job(self._engine, name, version, alias, labels, metadata, batching, instances, isolation, config, pinned,
                   golden, progress, options)  # fmt: skip
         return deploy(self._engine, job, model, wait)
+
+    def explain(
+        self,
+        model: str,
+        x: object,
+        background: object = None,
+        *,
+        version: str | int | None = None,
+        output: str | None = None,
+        task: Task | None = None,
+        reference: object = None,
+        feature_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        segments: object = None,
+        mask: str = MASK,
+        permutations: int | None = None,
+        chunk_rows: int = 256,
+        concurrency: int = 8,
+        seed: int = 0,
+        progress: Callable[[int, int], object] | bool | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Explanation:
+        """What predictions of a model rest on: Shapley values, by asking the model many times.
+
+        For ``f`` parts of an input and ``b`` rows of background, up to ``permutations * (2 f + 1) * b`` rows are asked
+        for each row of ``x``, many requests at once, which the gateway puts together in batches. Where the version is
+        left open, the one that answers first is asked to the end. Needs ``pip install 'inferway[explain]'``.
+
+        Args:
+            x: rows of numbers ``(rows, features)``; a data frame or a mapping of columns; images, ``(rows, …)`` of two
+                or three axes more; or a text.
+            background: typical rows that stand in for what is not known, such as 10 to 100 of the training data; 2 to
+                10 are enough for wide inputs. For images a value or an image, the mean colour where it is left out.
+            output: the output that is explained; may be left out where only one is floating point.
+            task: of a text: ``classify`` explains the score of each label, ``embed`` the similarity to ``reference``.
+                What the model is for, where it is left out.
+            reference: a text or a vector; the text itself where it is left out: which words carry its meaning.
+            feature_names: of the columns of an array.
+            output_names: such as the classes.
+            segments: for images, whole numbers of the image's height and width that say which places belong together;
+                squares, about eight along each axis, where they are left out.
+            mask: stands for a word that is taken away.
+            permutations: orders in which parts become known, drawn at random; 10 where it is left out, fewer for more
+                than 250 parts. More make `Explanation.standard_error` smaller.
+            chunk_rows: rows of one request, at most; fewer where they would be larger than 4 MiB.
+            concurrency: requests at once.
+            seed: of the orders.
+            progress: True shows a bar, None where somebody looks; or a function that is told the rows that were asked
+                and those that there are at most.
+            options: of each request.
+        Raises:
+            MissingExtraError: shap is not installed.
+            InvalidInputError: ``x`` or ``background`` do not fit the model or each other.
+            ConfigurationError: an argument cannot be used.
+        """
+        question = Question(
+            model=model, x=x, background=background, version=version, output=output, task=task, reference=reference,
+            feature_names=feature_names, output_names=output_names, segments=segments, mask=mask,
+            permutations=permutations, chunk_rows=chunk_rows, concurrency=concurrency, seed=seed, progress=progress,
+        )  # fmt: skip
+        return explain_sync(question, self._engine, options)
 
     def deployment(self, deployment_id: str, **options: Unpack[RequestOptions]) -> Deployment:
         """A deployment by its id, to watch, await or cancel it.
@@ -583,6 +646,67 @@ class AsyncModels:
         job = Job(self._engine, name, version, alias, labels, metadata, batching, instances, isolation, config, pinned,
                   golden, progress, options)  # fmt: skip
         return await deploy_async(self._engine, job, model, wait)
+
+    async def explain(
+        self,
+        model: str,
+        x: object,
+        background: object = None,
+        *,
+        version: str | int | None = None,
+        output: str | None = None,
+        task: Task | None = None,
+        reference: object = None,
+        feature_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        segments: object = None,
+        mask: str = MASK,
+        permutations: int | None = None,
+        chunk_rows: int = 256,
+        concurrency: int = 8,
+        seed: int = 0,
+        progress: Callable[[int, int], object] | bool | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Explanation:
+        """What predictions of a model rest on: Shapley values, by asking the model many times.
+
+        For ``f`` parts of an input and ``b`` rows of background, up to ``permutations * (2 f + 1) * b`` rows are asked
+        for each row of ``x``, many requests at once, which the gateway puts together in batches. Where the version is
+        left open, the one that answers first is asked to the end. Needs ``pip install 'inferway[explain]'``.
+
+        Args:
+            x: rows of numbers ``(rows, features)``; a data frame or a mapping of columns; images, ``(rows, …)`` of two
+                or three axes more; or a text.
+            background: typical rows that stand in for what is not known, such as 10 to 100 of the training data; 2 to
+                10 are enough for wide inputs. For images a value or an image, the mean colour where it is left out.
+            output: the output that is explained; may be left out where only one is floating point.
+            task: of a text: ``classify`` explains the score of each label, ``embed`` the similarity to ``reference``.
+                What the model is for, where it is left out.
+            reference: a text or a vector; the text itself where it is left out: which words carry its meaning.
+            feature_names: of the columns of an array.
+            output_names: such as the classes.
+            segments: for images, whole numbers of the image's height and width that say which places belong together;
+                squares, about eight along each axis, where they are left out.
+            mask: stands for a word that is taken away.
+            permutations: orders in which parts become known, drawn at random; 10 where it is left out, fewer for more
+                than 250 parts. More make `Explanation.standard_error` smaller.
+            chunk_rows: rows of one request, at most; fewer where they would be larger than 4 MiB.
+            concurrency: requests at once.
+            seed: of the orders.
+            progress: True shows a bar, None where somebody looks; or a function that is told the rows that were asked
+                and those that there are at most.
+            options: of each request.
+        Raises:
+            MissingExtraError: shap is not installed.
+            InvalidInputError: ``x`` or ``background`` do not fit the model or each other.
+            ConfigurationError: an argument cannot be used.
+        """
+        question = Question(
+            model=model, x=x, background=background, version=version, output=output, task=task, reference=reference,
+            feature_names=feature_names, output_names=output_names, segments=segments, mask=mask,
+            permutations=permutations, chunk_rows=chunk_rows, concurrency=concurrency, seed=seed, progress=progress,
+        )  # fmt: skip
+        return await explain_async(question, self._engine, options)
 
     async def deployment(self, deployment_id: str, **options: Unpack[RequestOptions]) -> AsyncDeployment:
         """A deployment by its id, to watch, await or cancel it.
