@@ -7,8 +7,9 @@ are held against the model's own signature here, like the inputs of any call.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -21,9 +22,10 @@ from ._signature import ModelMetadata
 from ._tensors import Array, json_data, widen_bf16
 
 GOLDEN_FILE: Final = "golden.json"
-Golden: TypeAlias = "Sequence[tuple[object, object]] | os.PathLike[str]"
-"""Pairs of inputs and the outputs that belong to them, each as `ModelHandle.infer` takes inputs; or the path of a
-``golden.json`` that has been written before."""
+Golden: TypeAlias = "Sequence[tuple[object, object] | tuple[object, object, Mapping[str, float]]] | os.PathLike[str]"
+"""Pairs of inputs and the outputs that belong to them, each as `ModelHandle.infer` takes inputs, with ``rtol`` and
+``atol`` as a third part where the gateway's own are not wanted; or the path of a ``golden.json`` that has been written
+before."""
 
 _UNKNOWN: Final = ModelMetadata(name="the model", versions=(), platform="", inputs=(), outputs=())
 
@@ -46,7 +48,7 @@ def golden_json(golden: Golden, signature: ModelMetadata | None) -> bytes:
     gives = replace(takes, inputs=tuple(replace(spec, optional=True) for spec in takes.outputs))
     examples: list[dict[str, Any]] = []
     for number, pair in enumerate(golden, 1):
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) not in (2, 3):
             raise ConfigurationError(
                 f"golden expects pairs (inputs, outputs), example {number} is {type(pair).__name__}"
             )
@@ -59,8 +61,22 @@ def golden_json(golden: Golden, signature: ModelMetadata | None) -> bytes:
             raise InvalidInputError(f"golden example {number}: {words}", tensor=error.tensor) from error
         if not outputs:
             raise InvalidInputError(f"golden example {number}: expected at least one output")
-        examples.append({"inputs": inputs, "outputs": outputs})
+        examples.append({"inputs": inputs, "outputs": outputs, **_tolerances(number, pair[2:])})
     return json.dumps({"examples": examples}, separators=(",", ":"), allow_nan=True).encode()
+
+
+def _tolerances(number: int, given: Sequence[object]) -> dict[str, float]:
+    if not given:
+        return {}
+    members = given[0]
+    if not isinstance(members, Mapping) or not set(cast(Mapping[str, float], members)) <= {"rtol", "atol"}:
+        raise ConfigurationError(
+            f"golden example {number} expects rtol and atol as its third part, got {members!r:.80}"
+        )
+    found = {name: float(value) for name, value in cast(Mapping[str, float], members).items()}
+    if not all(0 <= value < math.inf for value in found.values()):
+        raise ConfigurationError(f"golden example {number} expects rtol and atol of at least 0, got {found}")
+    return found
 
 
 def _of_outputs(words: str) -> str:

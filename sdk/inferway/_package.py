@@ -13,6 +13,7 @@ Nothing is read whole: files are read in pieces when they are hashed and again w
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
@@ -32,9 +33,12 @@ from ._onnx import NotOnnx, OnnxFacts, read_facts
 from ._signature import ModelMetadata
 
 ModelSource: TypeAlias = "str | os.PathLike[str] | bytes | Any"
-"""A path of an ``.onnx`` file or a folder, the bytes of a model, or an ``onnx.ModelProto``."""
+"""A path of an ``.onnx`` file or a folder, the bytes of a model, or an ``onnx.ModelProto``; or an object that gives one
+of these by a method ``__inferway_source__() -> Offer``."""
 
 MODEL_FILE: Final = "model.onnx"
+FACTS_FILE: Final = "inferway-package.json"
+"""What `inferway.package` writes beside a model; labels and metadata of a deployment come from it."""
 MAX_FILES: Final = 1000
 LARGE_BYTES: Final = 64 * 1024 * 1024
 PROTOBUF_LIMIT_BYTES: Final = 2**31 - 1
@@ -174,6 +178,49 @@ class Package:
         return Package((*self.sources, BytesSource(path, data)), self.left_out, self.signature)
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What is deployed where an object is given that knows more of itself than a file does.
+
+    Attributes:
+        model: the model.
+        labels, metadata: those of the caller are put over them, name by name.
+        golden: used where the caller gives none; see `_golden.Golden`.
+    """
+
+    model: ModelSource
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    golden: Any = None
+
+
+def offer_of(model: ModelSource) -> Offer:
+    """What an object gives of itself, or what lies beside a model in a folder that `inferway.package` wrote.
+
+    Raises:
+        ConfigurationError: the folder's facts cannot be read.
+    """
+    give = None if isinstance(model, type) else getattr(model, "__inferway_source__", None)
+    offer: Offer = Offer(model) if give is None else give()
+    if not isinstance(offer.model, str | os.PathLike):
+        return offer
+    labels, metadata = _written_facts(Path(cast("str | os.PathLike[str]", offer.model)) / FACTS_FILE)
+    return Offer(offer.model, {**labels, **offer.labels}, {**metadata, **offer.metadata}, offer.golden)
+
+
+def _written_facts(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    try:
+        if not path.is_file():
+            return {}, {}
+        facts: Any = json.loads(path.read_text("utf-8"))
+        found = (facts.get("labels", {}), facts.get("metadata", {}))
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise ConfigurationError(f"{path} cannot be read as what inferway.package writes: {error}") from error
+    if not all(isinstance(part, dict) for part in found):
+        raise ConfigurationError(f"expected labels and metadata in {path} to be JSON objects")
+    return found
+
+
 def pack(model: ModelSource, version: int | None = None) -> Package:
     """What goes to the gateway. Reads folders and the structure of models, and no weights.
 
@@ -200,7 +247,8 @@ def pack(model: ModelSource, version: int | None = None) -> Package:
     if onnx is not None and isinstance(model, onnx.ModelProto):
         return _of_proto(model)
     raise ConfigurationError(
-        f"expected a path of an .onnx file or of a folder, bytes, or an onnx.ModelProto, got {type(model).__name__}"
+        f"expected a path of an .onnx file or of a folder, bytes, an onnx.ModelProto, or what inferway.to_onnx or "
+        f"inferway.package gives, got {type(model).__name__}"
     )
 
 

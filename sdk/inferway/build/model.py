@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
+from .._errors import ConfigurationError
 from .._inputs import fit
 from .._onnx import read_facts
+from .._package import Offer
 from .._signature import ModelMetadata, TensorSpec
 from .._tensors import Array
 from .example import Arrays
@@ -20,6 +23,15 @@ from .verify import Verification
 
 Label: TypeAlias = str | int | float | bool
 """A class, as the classifier was taught it."""
+
+GOLDEN_ROWS: Final = 8
+GOLDEN_VALUES: Final = 200_000
+"""Of all tensors of the golden examples: a fifth of what a gateway reads."""
+GOLDEN_RTOL: Final = 1e-3
+GOLDEN_ATOL: Final = 1e-5
+"""The gateway's own tolerances."""
+METADATA_BYTES: Final = 16 << 10
+"""Of classes and of columns each; a gateway keeps 64 KiB of metadata."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +48,6 @@ class OnnxModel:
         verification: the runs in which graph and source agreed; None for ONNX that was given as such.
         source_digest: ``sha256:…`` of the source model's structure and weights.
         examples: inputs with the outputs of the source, by name, as golden examples want them.
-        tolerances: ``(rtol, atol)`` for comparing with these outputs.
     """
 
     proto: Any = field(repr=False)
@@ -47,7 +58,6 @@ class OnnxModel:
     verification: Verification | None = None
     source_digest: str = ""
     examples: tuple[tuple[Arrays, Arrays], ...] = field(default=(), repr=False)
-    tolerances: tuple[float, float] | None = None
 
     @cached_property
     def signature(self) -> ModelMetadata:
@@ -130,6 +140,73 @@ class OnnxModel:
         return next(iter(found.values())) if len(found) == 1 else found
 
     @property
+    def scores(self) -> TensorSpec | None:
+        """The output that has a number for each class; None where there is none, or are several."""
+        if self.classes is None:
+            return None
+        found = [
+            spec
+            for spec in self.outputs
+            if len(spec.shape) == 2 and spec.shape[1] == len(self.classes) and spec.datatype.startswith("FP")
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def with_classes(self, classes: Sequence[Label]) -> OnnxModel:
+        """The same with labels for a classifier's scores.
+
+        Raises:
+            ConfigurationError: no output, or more than one, has as many numbers for a row.
+        """
+        made = replace(self, classes=tuple(classes))
+        if made.scores is None:
+            raise ConfigurationError(
+                f"{len(classes)} classes need one output of shape [-1, {len(classes)}], the model gives "
+                f"{', '.join(map(str, self.outputs))}"
+            )
+        return made
+
+    def golden(self, rows: int = GOLDEN_ROWS) -> list[tuple[Arrays, Arrays, dict[str, float]]]:
+        """The first rows of the example with the source's outputs, as ``client.models.deploy`` takes golden examples.
+
+        Fewer than ``rows`` where they are large: a gateway reads 16 MiB of them. None where one row is too large.
+        """
+        found: list[tuple[Arrays, Arrays, dict[str, float]]] = []
+        for inputs, outputs in self.examples:
+            total = sum(array.size for array in (*inputs.values(), *outputs.values()))
+            held = max((len(array) for array in inputs.values() if array.ndim), default=1)
+            fit = min(rows, held, GOLDEN_VALUES * held // max(1, total))
+            if fit < 1:
+                continue
+            allowed = {"rtol": GOLDEN_RTOL, "atol": max(GOLDEN_ATOL, self.tolerance)}
+            found.append((_head(inputs, held, fit), _head(outputs, held, fit), allowed))
+        return found
+
+    @property
+    def tolerance(self) -> float:
+        """The largest absolute difference that was allowed in the verification; 0 without one."""
+        return (
+            0.0 if self.verification is None else max((case.tolerance for case in self.verification.cases), default=0.0)
+        )
+
+    def __inferway_source__(self) -> Offer:
+        source: dict[str, Any] = {"framework": self.framework}
+        if self.backend is not None:
+            source["backend"] = self.backend
+        if self.source_digest:
+            source["digest"] = self.source_digest
+        metadata: dict[str, Any] = {"source": source}
+        if self.verification is not None:
+            metadata["verification"] = {
+                "cases": len(self.verification.cases),
+                "max_abs": self.verification.max_abs,
+                "tolerance": self.tolerance,
+            }
+        for name, values in (("classes", self.classes), ("columns", self.columns)):
+            if values and len(json.dumps(values)) <= METADATA_BYTES:
+                metadata[name] = list(values)
+        return Offer(self.proto, {"framework": self.framework}, metadata, self.golden() or None)
+
+    @property
     def _facts(self) -> list[tuple[str, str]]:
         source = self.framework + (f" on {self.backend}" if self.backend else "")
         facts = [("from", source), ("size", _size_text(self.size))]
@@ -156,6 +233,10 @@ class OnnxModel:
     def __getstate__(self) -> dict[str, Any]:
         # A session belongs to its process.
         return {name: value for name, value in self.__dict__.items() if name != "_session"}
+
+
+def _head(arrays: Arrays, rows: int, wanted: int) -> Arrays:
+    return {name: array[:wanted] if array.ndim and len(array) == rows else array for name, array in arrays.items()}
 
 
 def _size_text(size: int) -> str:

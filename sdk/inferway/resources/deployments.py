@@ -38,7 +38,7 @@ from .._errors import (
 )
 from .._golden import GOLDEN_FILE, Golden, golden_json
 from .._options import NO_RETRY, RequestOptions, Timeout
-from .._package import ModelSource, Package, Source, pack
+from .._package import ModelSource, Package, Source, offer_of, pack
 from .._progress import DeployEvent, Progress, reporter
 from .._upload import Hashing, Transfer
 from .inference import AsyncModelHandle, ModelHandle
@@ -410,10 +410,14 @@ class Job:
         self.plan = Plan(engine.config, deployment_call("-"), self._options)
 
     def packed(self, model: ModelSource) -> Package:
-        """The files that go along. Reads the disk."""
-        package = pack(model, self.version)
-        if self._golden is not None:
-            package = package.with_file(GOLDEN_FILE, golden_json(self._golden, package.signature))
+        """The files that go along. Reads the disk, and takes over what the model says of itself."""
+        offer = offer_of(model)
+        for member, given in (("labels", offer.labels), ("metadata", offer.metadata)):
+            self._body[member] = {**plain(member, given), **self._body[member]}
+        package = pack(offer.model, self.version)
+        golden = offer.golden if self._golden is None else self._golden
+        if golden is not None:
+            package = package.with_file(GOLDEN_FILE, golden_json(golden, package.signature))
         return package
 
     def settled(self, package: Package) -> None:
