@@ -17,7 +17,7 @@ from inferway import APIConnectionError, ChatCompletion, Inferway, StreamInterru
 from live import LiveGateway, run_gateway
 from scripted import Side
 
-MODEL = Path(__file__).parents[2] / ".cache" / "inferway-models" / "tiny-llm"
+MADE = Path(__file__).parents[2] / ".cache" / "inferway-models"
 WAIT_S = 30.0
 OWN = f"own-{os.getpid()}"
 """No other test's process has this name."""
@@ -27,7 +27,7 @@ LONG: dict[str, Any] = {"max_tokens": 1900, "temperature": 0, "extra_body": {"ig
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[LiveGateway]:
     """A gateway with one language model of the folder, which it runs itself."""
-    shutil.copytree(MODEL, tmp_path / "models" / "placed")
+    shutil.copytree(MADE / "tiny-llm", tmp_path / "models" / "placed")
     with run_gateway(tmp_path / "models", tmp_path / "state") as running:
         yield running
 
@@ -64,9 +64,11 @@ async def first_text(side: Side, stream: Any) -> str:
 
 async def test_a_model_whose_process_dies_ends_its_streams_typed_and_no_others(server: LiveGateway, side: Side) -> None:
     client = side.client(server.url, api_key=server.admin_key)
-    # In a process of its own; and with a format that nobody has to approve of.
+    # In a process of its own; with a format that nobody has to approve of; and slow enough to be there to be killed.
     with Inferway(server.url, api_key=server.admin_key) as deployer:
-        deployer.models.deploy(MODEL, name=OWN, config={"generation": {"template": "chatml"}}, progress=False)
+        deployer.models.deploy(
+            MADE / "smollm2", name=OWN, config={"generation": {"template": "chatml"}}, progress=False
+        )
     stream = await side(lambda: client.chat.create("Hi", model=OWN, stream=True, **LONG))
     other = await side(lambda: client.chat.create("Hi", model="placed", stream=True, **{**LONG, "max_tokens": 300}))
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.admin_key, max_retries=0) as theirs:
