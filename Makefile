@@ -50,7 +50,8 @@ bench: env-test ## Measure speed against other servers
 	@$(BIN)/python tests/bench/run.py $(ARGS)
 
 docs: env-test ## Write the parts of docs/ that come from the code
-	@$(BIN)/python -m cogapp -r -I docs '--markers={{{cog }}} {{{end}}}' docs/*.md
+	@$(BIN)/python -m cogapp -r -I docs '--markers={{{cog }}} {{{end}}}' \
+		$$(grep -l '{{{cog' docs/*.md)
 
 clean: ## Remove the environment, caches, models and what the demo keeps
 	rm -rf .venv .cache .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

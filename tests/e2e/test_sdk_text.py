@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 import inferway
@@ -115,6 +117,44 @@ def test_the_time_that_is_over_keeps_what_had_come(server: LiveGateway, key: str
         assert caught.value.partial.text
         assert caught.value.partial.finish_reason is None
     until(lambda: running(server) == 0)
+
+
+def test_what_was_generated_is_counted_under_the_names_that_operators_look_for(tmp_path: Path) -> None:
+    shutil.copytree(MADE / "tiny-llm", tmp_path / "models" / "tiny-llm")
+    prompt = "Once upon a time there was a model that was counted, token by token, from its first to its last."
+    more = {"ignore_eos": True}
+    with run_gateway(tmp_path / "models", tmp_path / "state") as server:
+        with Inferway(server.url, api_key=server.admin_key) as client:
+            asked: dict[str, Any] = {"model": "tiny-llm", "temperature": 0, "extra_body": more}
+            answers = [client.completions.create(prompt, max_tokens=count, **asked) for count in (5, 7)]
+            usages = [answer.usage for answer in answers]
+            stream = client.completions.create(prompt, max_tokens=1900, stream=True, **asked)
+            next(stream)
+            stream.close()
+        until(lambda: running(server) == 0)
+        _, text, _ = server.call("GET", "/metrics")
+    found = {
+        (sample.name.removeprefix("inferway_generation_"), sample.labels.get("reason")): sample.value
+        for family in text_string_to_metric_families(str(text))
+        for sample in family.samples
+        if sample.name.startswith("inferway_generation_") and not sample.name.endswith(("_bucket", "_created"))
+    }
+    assert all(usages)
+    prompts = sum(usage.prompt_tokens for usage in usages if usage)
+    cached = sum(usage.cached_tokens for usage in usages if usage)
+    assert found["requests_total", None] == 3
+    assert found["prompt_tokens_total", None] == prompts * 3 / 2
+    assert 12 < found["completion_tokens_total", None] <= 12 + 1900
+    assert found["cached_tokens_total", None] >= cached > 0
+    assert found["prefix_hits_total", None] >= 1
+    assert (found["finished_total", "length"], found["finished_total", "stop"]) == (2, 0)
+    assert (found["running", None], found["waiting", None], found["cancelled_total", None]) == (0, 0, 1)
+    assert 0 < found["kv_bytes", None] <= found["kv_limit_bytes", None]
+    assert found["first_token_seconds_count", None] == 3
+    assert 0 < found["first_token_seconds_sum", None] < WAIT_S
+    assert 0 < found["token_seconds_count", None] <= found["completion_tokens_total", None] - 3
+    assert found["freed_after_steps_count", None] == 1
+    assert found["freed_after_steps_sum", None] <= 2
 
 
 class Point(BaseModel):

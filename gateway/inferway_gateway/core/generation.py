@@ -200,6 +200,7 @@ class GenerationStats:
         prefix_hits: requests of whose prompt a part was known already; its tokens are in ``cached_tokens``.
         running, waiting: sequences that have a slot, prompts being read among them, and that have none yet.
         kv_bytes, kv_limit_bytes: of keys and values, in use and in all.
+        finished: answers by the reason of their end.
         cancelled: requests that were left by their caller before their end.
         freed_after_steps: token steps that began between a caller's leaving and the slot's being free.
     """
@@ -216,6 +217,7 @@ class GenerationStats:
     waiting: int = 0
     kv_bytes: int = 0
     kv_limit_bytes: int = 0
+    finished: dict[FinishReason, int] = field(default_factory=lambda: {"stop": 0, "length": 0})
     cancelled: int = 0
     freed_after_steps: Histogram = field(default_factory=lambda: Histogram(STEPS_BOUNDS))
 

@@ -27,7 +27,7 @@ _COUNTERS: Final = (
 _GAUGES: Final = (
     ("running", "running", "Answers that have a place, prompts that are being read among them."),
     ("waiting", "waiting", "Requests that wait for a place."),
-    ("kv_bytes", "kv_bytes", "Keys and values in use."),
+    ("kv_bytes", "kv_bytes", "Keys and values in use, those of remembered prompts among them, which give way."),
     ("kv_limit_bytes", "kv_limit_bytes", "Room for keys and values."),
 )
 
@@ -48,6 +48,11 @@ class GenerationMetrics(Collector):
         counters = [(CounterMetricFamily(prefix + n, text, labels=_LABELS), a) for n, a, text in _COUNTERS]
         gauges: list[tuple[CounterMetricFamily | GaugeMetricFamily, str]]
         gauges = [(GaugeMetricFamily(prefix + n, text, labels=_LABELS), a) for n, a, text in _GAUGES]
+        finished = CounterMetricFamily(
+            prefix + "finished",
+            "Answers that came to their end: stop where the model or a stop string ended them, length at a limit.",
+            labels=(*_LABELS, "reason"),
+        )
         first = HistogramMetricFamily(
             prefix + "first_token_seconds", "From a request's arrival to its answer's first token.", labels=_LABELS
         )
@@ -61,6 +66,8 @@ class GenerationMetrics(Collector):
             values = (name, str(version))
             for family, attribute in (*counters, *gauges):
                 family.add_metric(values, getattr(stats, attribute))
+            for reason, count in stats.finished.items():
+                finished.add_metric((*values, reason), count)
             for histogram, seconds, bounds in (
                 (first, stats.first_token, _FIRST_TOKEN_BOUNDS),
                 (each, stats.per_token, TOKEN_SECONDS_BOUNDS),
@@ -68,4 +75,4 @@ class GenerationMetrics(Collector):
             ):
                 histogram.add_metric(values, buckets(seconds, bounds), sum_value=seconds.sum)
         yield from (family for family, _ in (*counters, *gauges))
-        yield from (first, each, freed)
+        yield from (finished, first, each, freed)

@@ -207,6 +207,7 @@ class Generator:
                     usage = Usage(prompt, completion, last.cached)
                     stats.cached_tokens += last.cached
                     stats.prefix_hits += last.cached > 0
+                    stats.finished[last.finish] += 1
                 if good:
                     logprobs = tuple(self._named(raw) for piece in good for raw in piece.logprobs)
                     text = "".join(piece.text for piece in good)
