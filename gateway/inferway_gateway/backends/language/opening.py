@@ -60,7 +60,7 @@ def open_engine(
     limits = EngineLimits(options.max_sequences, options.max_waiting, options.wait_s, options.kv_cache_bytes)
     grammars = Grammars(package.tokenizer, package.ends, package.vocabulary_size)
     engine = Engine(
-        runtime, vocabulary, grammars, package.ends, limits, package.context_length, emit, on_defect=on_defect
+        runtime, vocabulary, grammars, package.ends, limits, runtime.context_length, emit, on_defect=on_defect
     )
     return Opened(engine, vocabulary)
 

@@ -88,7 +88,8 @@ def read_package(folder: Path, options: GenerationOptions) -> Package:
         raise ModelLoadError(f"{LANGUAGE_FILE} splits the decoder into a pipeline, expected one ONNX file")
     if decoder.get("sliding_window"):
         raise ModelLoadError(
-            f"{LANGUAGE_FILE} has a sliding window, which the engine does not keep keys and values for"
+            f"{LANGUAGE_FILE} has a sliding window: the graph keeps the keys and values of the last tokens only, where "
+            "the engine needs all of them: build it with --extra_options windowed_kv_cache=false"
         )
     name = decoder.get("filename", "model.onnx")
     if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():

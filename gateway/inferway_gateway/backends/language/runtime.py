@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ...core.errors import DeadlineExceededError, ModelExecutionError, ModelLoadError
 from ..onnx.admission import AdmissionReport
 from ..onnx.backend import prepare_process
+from .branches import first_table_length
 from .kv import Array, KvLayout, KvTensor, Slab
 from .package import Package
 
@@ -30,6 +31,9 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "tensor(float16)": np.dtype(np.float16),
 }
 _LAST: Final = np.array([-1], np.int64)
+_TRIED: Final = 4
+"""Tokens of the prompt with which a graph is tried out."""
+_FOR_CPU: Final = "build it with onnxruntime-genai's model builder for the CPU (-e cpu, and -p int4, int8 or fp32)"
 
 
 class Runtime:
@@ -38,6 +42,8 @@ class Runtime:
     Args:
         report: of the graph's structure, as admission read it.
         threads: inside one run.
+    Attributes:
+        context_length: tokens that the graph reads right; at most those that the package promises.
     Raises:
         ModelLoadError: the runtime refuses the model, or its graph is none that the engine knows how to run.
     """
@@ -46,8 +52,10 @@ class Runtime:
         if "GroupQueryAttention" not in report.operators:
             raise ModelLoadError(
                 "its attention is no GroupQueryAttention, the only one whose keys and values can be kept in place: "
-                "build it with onnxruntime-genai's model builder for the CPU"
+                f"{_FOR_CPU}"
             )
+        most = first_table_length(package.model) if "If" in report.operators else package.context_length
+        self.context_length: Final = min(package.context_length, most)
         prepare_process()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -59,7 +67,8 @@ class Runtime:
                 str(package.model), sess_options=options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise ModelLoadError(str(error).strip().partition("\n")[0][:500]) from None
+            hint = f": {_FOR_CPU}" if "NOT_IMPLEMENTED" in str(error) else ""
+            raise ModelLoadError(_said(error) + hint) from None
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
         optional = {value.name: value for value in self._session.get_overridable_initializers()}
@@ -77,18 +86,43 @@ class Runtime:
         self.adapters: Final = _read_adapters(package, optional | inputs)
         self._plans: dict[tuple[int, bool], Any] = {}
         self._stacks: dict[tuple[str | None, ...], dict[str, Array]] = {}
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """Run the graph as prompts are read, in two pieces, and as answers are written, so that what no run can do is
+        found before anybody asks for one: the runtime looks at many things in a run only."""
+        stop = ort.RunOptions()
+        try:
+            arrays = [np.zeros_like(array) for array in self.layout.allocate(_TRIED)]
+            tokens = np.zeros(_TRIED, np.int64)
+            self.read(arrays, tokens[:2], 0, None, stop)
+            row = self.read(arrays, tokens[2:], 2, None, stop)
+            slab = Slab(self.layout, 2, _TRIED + 1)
+            for slot in range(2):
+                slab.put(slot, arrays, _TRIED)
+            self.write(slab, tokens[:2], np.full(2, _TRIED), (None, None))
+        except ModelExecutionError as error:
+            raise ModelLoadError(f"its graph cannot be run: {error.message}") from None
+        finally:
+            self._plans.clear()
+        if row.shape != (self.vocabulary_size,):
+            raise ModelLoadError(f"the graph gives {row.size} logits for a token, expected {self.vocabulary_size}")
 
     def _check(self, package: Package, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         known = {self._ids, self._mask, self._positions, self._from, *(tensor.past for tensor in self.layout.tensors)}
         for name in (self._ids, self._mask):
             if name not in inputs or inputs[name].type != "tensor(int64)":
-                raise ModelLoadError(f"the graph has no input '{name}' of int64")
+                raise ModelLoadError(
+                    f"the graph has no input '{name}' of int64, as one has that was built with its embedding"
+                )
         unknown = sorted(name for name in inputs if name not in known and not name.startswith("lora."))
         if unknown:
             raise ModelLoadError(f"the graph has inputs that the engine does not know: {', '.join(unknown)[:300]}")
         logits = outputs.get(self._logits)
         if logits is None or logits.type not in _DTYPES:
-            raise ModelLoadError(f"the graph has no output '{self._logits}' of floating point")
+            raise ModelLoadError(
+                f"the graph has no output '{self._logits}' of floating point, as one has that was built with its head"
+            )
         if len(logits.shape) != 3 or logits.shape[2] != package.vocabulary_size:
             raise ModelLoadError(
                 f"the graph's logits have the shape {logits.shape}, expected [batch, tokens, {package.vocabulary_size}]"
@@ -130,7 +164,7 @@ class Runtime:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise ModelExecutionError(str(error).strip().partition("\n")[0][:500]) from None
+            raise ModelExecutionError(_said(error)) from None
         found: NDArray[np.float32] = logits[:, 0].astype(np.float32, copy=False)
         return found
 
@@ -170,7 +204,7 @@ class Runtime:
         except Exception as error:
             if stop.terminate:
                 raise DeadlineExceededError("reading the prompt was ended") from None
-            raise ModelExecutionError(str(error).strip().partition("\n")[0][:500]) from None
+            raise ModelExecutionError(_said(error)) from None
         logits = binding.get_outputs()[-1]  # in the order in which they were bound
         row: NDArray[np.float32] = logits.numpy()[0, -1].astype(np.float32)
         return row
@@ -196,6 +230,12 @@ class Runtime:
         return found
 
 
+def _said(error: Exception) -> str:
+    """What the runtime says of its failure, without the words around it."""
+    text = str(error).strip().partition("\n")[0]
+    return text.rpartition("Status Message: ")[2][:500]
+
+
 def _bind(binding: Any, name: str, array: Array) -> None:
     binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
@@ -217,10 +257,17 @@ def _find_layout(package: Package, inputs: dict[str, Any], outputs: dict[str, An
             past = package.inputs[f"past_{part}_names"].replace("%d", str(layer))
             present = package.outputs[f"present_{part}_names"].replace("%d", str(layer))
             if past not in inputs or present not in outputs:
-                raise ModelLoadError(f"the graph has no '{past}' that becomes '{present}'")
+                raise ModelLoadError(
+                    f"the graph has no '{past}' that becomes '{present}': all layers of a model have to keep keys and "
+                    "values"
+                )
             shape = inputs[past].shape
             # The builder leaves the last axis open, as it may be packed; the first run shows what it has to be.
-            if len(shape) != 4 or shape[1] != package.kv_heads or shape[3] not in (package.head_size, *_open(shape[3:])):
+            if (
+                len(shape) != 4
+                or shape[1] != package.kv_heads
+                or shape[3] not in (package.head_size, *_open(shape[3:]))
+            ):
                 raise ModelLoadError(
                     f"'{past}' has the shape {shape}, expected [batch, {package.kv_heads}, tokens, {package.head_size}]"
                 )
