@@ -14,7 +14,7 @@ wrong.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,9 +40,10 @@ Vectors = NDArray[Any]
 Text = str | Sequence[int]
 """A text, or its token ids, with or without the special ones around it."""
 
-MAX_TEXT_CHARACTERS: Final = 4_000_000
-"""Of one text: a tokenizer takes about 0.3 µs for each."""
+MAX_TEXT_CHARACTERS: Final = 1_000_000
+"""Of one text: a tokenizer takes about 0.3 µs for each, and some 300 bytes of memory until it is done."""
 _LANE_CHARACTERS: Final = 1_000_000
+"""Of the texts that are encoded at once."""
 _LONG_CHARACTERS: Final = 20_000
 """Longer texts have a thread of their own, so that short ones do not wait behind them."""
 _PART_ROWS: Final = 8
@@ -329,6 +330,7 @@ class TextEncoder:
         for index, text in enumerate(inputs):
             if not len(text):
                 raise InvalidParameterError(f"expected '{param(index)}' not to be empty", param(index))
+            _check_length(text, param(index))
         if self._tokenizer is None:
             return self._plain(inputs, param)
         spec, template, vocabulary = self.spec, self._tokenizer.single, self._tokenizer.vocabulary
@@ -385,6 +387,7 @@ class TextEncoder:
             if not text:
                 name = _rerank_field(index)
                 raise InvalidParameterError(f"expected '{name}' not to be empty", name)
+            _check_length(text, _rerank_field(index))
         template = None if self._tokenizer is None else self._tokenizer.pair
         assert template is not None  # the package was held against it
         first, *rest = await self._encode([query, *documents], deadline)
@@ -598,6 +601,13 @@ def _check_range(ids: Sequence[int], vocabulary: int, param: str) -> None:
         )
 
 
+def _check_length(text: Text, param: str) -> None:
+    if isinstance(text, str) and len(text) > MAX_TEXT_CHARACTERS:
+        raise InvalidParameterError(
+            f"expected at most {MAX_TEXT_CHARACTERS} characters in '{param}', got {len(text)}", param
+        )
+
+
 def _unwrapped(ids: Sequence[int], template: Template) -> Sequence[int]:
     """Token ids without the special ones around them, where the caller put them there."""
     before, after = len(template.before), len(template.after)
@@ -670,8 +680,11 @@ class _Lane:
     async def _encode(self, batch: list[tuple[list[str], int, asyncio.Future[list[list[int]]]]]) -> None:
         texts = [text for entry in batch for text in entry[0]]
         try:
-            work = self._thread.submit(self._tokenizer.encode, texts)
-            found = await asyncio.wrap_future(work)
+            found: list[list[int]] = []
+            for part in _parts(texts):
+                work = self._thread.submit(self._tokenizer.encode, part)
+                tokens = await asyncio.wrap_future(work)
+                found += tokens
         except Exception as error:
             if len(batch) > 1:  # one text spoils it for all, nobody knows which
                 for entry in batch:
@@ -684,3 +697,16 @@ class _Lane:
             if not future.done():
                 future.set_result(found[at : at + len(own)])
             at += len(own)
+
+
+def _parts(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in their order, together no longer than are encoded at once, or one."""
+    part: list[str] = []
+    left = _LANE_CHARACTERS
+    for text in texts:
+        left -= len(text)
+        if part and left < 0:
+            yield part
+            part, left = [], _LANE_CHARACTERS - len(text)
+        part.append(text)
+    yield part

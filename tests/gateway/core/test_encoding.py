@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -263,6 +263,31 @@ class Picky:
         if "bad" in texts:
             raise ModelExecutionError("the model's tokenizer failed on a text of this request")
         return [[4]] * len(texts)
+
+
+async def test_long_texts_are_encoded_in_turns_and_longer_ones_not_at_all(tmp_path: Path) -> None:
+    async with encoder(tmp_path, text_models.embedder(long_text="truncate")) as (some, _):
+        encode = cast(Any, some._tokenizer).encode
+        sizes: list[int] = []
+
+        class Counting:
+            def encode(self, texts: Sequence[str]) -> list[list[int]]:
+                sizes.append(sum(map(len, texts)))
+                found: list[list[int]] = encode(texts)
+                return found
+
+        for lane in (some._short, some._long):
+            assert lane is not None
+            lane._tokenizer = cast(Any, Counting())
+        encoded = await some.embed([f"w{i} " * 100_000 for i in range(9)])
+        assert_allclose(encoded.values, [mean(words(*[i] * 30)) for i in range(9)], atol=1e-6)
+        assert len(sizes) == 3
+        assert max(sizes) <= 1_000_000
+        long = "w1" * 500_001
+        for work, param in ((some.embed(["w1", long]), "input[1]"), (some.rerank("w1", ["w2", long]), "documents[1]")):
+            with pytest.raises(InvalidParameterError, match="1000002") as caught:
+                await work
+            assert caught.value.param == param
 
 
 async def test_a_text_that_the_tokenizer_fails_on_fails_alone(tmp_path: Path) -> None:
