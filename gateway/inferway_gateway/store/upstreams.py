@@ -160,9 +160,9 @@ def read_upstreams(path: Path, variable: Callable[[str], str | None]) -> tuple[U
         with path.open("rb") as stream:
             text = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise UpstreamsError(f"cannot read the file of upstreams: {error.strerror}") from error
+        raise UpstreamsError(f"cannot read the file of upstreams {path}: {error.strerror}") from error
     if len(text) > MAX_FILE_BYTES:
-        raise UpstreamsError(f"the file of upstreams is larger than {MAX_FILE_BYTES} bytes")
+        raise UpstreamsError(f"the file of upstreams {path} is larger than {MAX_FILE_BYTES} bytes")
     try:
         found = UpstreamsFile.model_validate(tomllib.loads(text.decode()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -99,7 +99,7 @@ def test_what_is_wrong_is_named_and_no_secret_is_told(tmp_path: Path, name: str)
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UpstreamsError, match="No such file"):
+    with pytest.raises(UpstreamsError, match=r"upstreams \S+/none.toml: No such file"):
         read_upstreams(tmp_path / "none.toml", none)
 
 

@@ -144,13 +144,20 @@ class WorkerBackend:
                     process.limit(peak)
                 return process
 
+            most = _MOST_INSTANCES * self._cpus
+            instances = artifact.config.instances or 1
+            if instances > most:
+                _log.warning(
+                    "%s version %d asks for %d instances; it gets %d, which is %d for each of %d processors",
+                    artifact.name, artifact.version, instances, most, _MOST_INSTANCES, self._cpus,
+                )  # fmt: skip
             session = WorkerSession(
                 artifact,
                 report.signature,
                 report.profile,
                 replace(
                     limits.session,
-                    instances=min(artifact.config.instances or 1, _MOST_INSTANCES * self._cpus),
+                    instances=min(instances, most),
                     lanes=max(self._cpus // report.profile.intra_op_threads, 1),
                 ),
                 self._keeper,

@@ -525,6 +525,14 @@ def test_runs_share_lanes_and_instances(workers: Workers) -> None:
         assert all(pool.map(ask, range(400)))
 
 
+def test_more_instances_than_the_machine_bears_are_cut_and_that_is_told(
+    workers: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = workers.open(models.add_one(), config=plain_config(instances=100))
+    assert session.stats.processes == 8
+    assert "asks for 100 instances; it gets 8, which is 4 for each of 2 processors" in caplog.text
+
+
 def test_one_instance_goes_on_while_the_other_comes_back(workers: Workers) -> None:
     session = workers.open(models.add_one(), config=plain_config(instances=2))
     os.kill(process_of(session, 0).pid, signal.SIGKILL)
