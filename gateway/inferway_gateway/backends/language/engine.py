@@ -21,6 +21,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -245,6 +246,7 @@ class Engine:
 
     def _queue(self, sequence: _Sequence) -> None:
         number = sequence.order.number
+        displaced: _Sequence | None = None
         with self._changed:
             if self._closing:
                 raise ShuttingDownError("the model is being unloaded")
@@ -253,9 +255,13 @@ class Engine:
                 del self._known[number]
                 return
             free = self._inside < self._limits.sequences
-            if len(self._waiting) >= self._limits.waiting + (self._limits.sequences if free else 0):
-                raise QueueFullError(f"{len(self._waiting)} requests wait already", retry_after_s=1.0)
             key = sequence.order.request.key_id
+            if len(self._waiting) >= self._limits.waiting + (self._limits.sequences if free else 0):
+                displaced = self._displaced_by(key)
+                if displaced is None:
+                    raise QueueFullError(f"{len(self._waiting)} requests wait already", retry_after_s=1.0)
+                self._waiting.remove(displaced)
+                self._forget(displaced, let_in=False)
             others = [self._served[k] for k in self._active_keys() if k in self._served]
             # A key that comes back does not make up for the time in which it asked for nothing.
             self._served[key] = max(self._served.get(key, 0.0), min(others, default=0.0))
@@ -265,6 +271,18 @@ class Engine:
             self._known[number] = sequence
             self._waiting.append(sequence)
             self._changed.notify_all()
+        if displaced is not None and displaced.cancelled_at is None:
+            error = QueueFullError("requests of other keys took its place in the queue", retry_after_s=1.0)
+            self._tell([Failure.of(displaced.order.number, error)])
+
+    def _displaced_by(self, key: str) -> _Sequence | None:
+        """Who leaves a full queue for a request of that key: the last one of the key that has the most in it, where the
+        other will still not have more than that one. Else a key could keep all others out. Holds the lock."""
+        waiting = Counter(sequence.order.request.key_id for sequence in self._waiting)
+        greedy, most = max(waiting.items(), key=lambda item: item[1], default=("", 0))
+        if greedy == key or most < waiting[key] + 2:
+            return None
+        return next(s for s in reversed(self._waiting) if s.order.request.key_id == greedy)
 
     def _active_keys(self) -> set[str]:
         active = (*self._waiting, *self._reading, *self._joining, *self._running)

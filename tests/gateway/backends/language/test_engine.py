@@ -192,6 +192,18 @@ async def test_a_full_queue_refuses_at_once(open_language: OpenModel) -> None:
     await asyncio.wait(busy)
 
 
+async def test_a_key_that_fills_the_queue_does_not_keep_another_out(open_language: OpenModel) -> None:
+    tiny = await open_language(max_sequences=1, max_waiting=4)
+    many = [asyncio.create_task(ask(tiny, PROMPT, 200, ignore_end=True, key_id="greedy")) for _ in range(5)]
+    await until(lambda: tiny.stats.running == 1 and tiny.stats.waiting == 4)
+    modest = [asyncio.create_task(ask(tiny, PROMPT, 2, key_id="modest")) for _ in range(2)]
+    with pytest.raises(QueueFullError):  # it would have more than the other
+        await asyncio.gather(*(ask(tiny, PROMPT, 2, key_id="modest") for _ in range(3)))
+    assert [len((await task).tokens) for task in modest] == [2, 2]
+    found = await asyncio.gather(*many, return_exceptions=True)
+    assert [isinstance(one, QueueFullError) for one in found] == [False, False, False, True, True]
+
+
 async def test_a_key_with_many_requests_does_not_keep_another_waiting(open_language: OpenModel) -> None:
     tiny = await open_language(max_sequences=2)
     order: list[str] = []
