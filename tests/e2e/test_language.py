@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,20 @@ def test_a_deployed_model_chats_in_a_well_known_format_that_its_package_names(se
         # <|im_start|> user \n Hello <|im_end|> \n <|im_start|> ass istant \n
         assert answer.usage.prompt_tokens == 10
         client.models.delete("formal")
+
+
+def test_a_decoder_without_the_builders_file_says_what_it_lacks(server: LiveGateway, key: str, tmp_path: Path) -> None:
+    # As transformers and optimum save it: everything but genai_config.json.
+    folder = shutil.copytree(MODEL, tmp_path / "saved", ignore=shutil.ignore_patterns("genai_config.json"))
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    with Inferway(server.url, api_key=key) as client:
+        client.models.deploy(folder, name="saved")
+        for ask in (client.chat.create, client.completions.create):
+            with pytest.raises(BadRequestError, match=r"without genai_config\.json.*model builder") as caught:
+                ask("Hello", model="saved")
+            assert caught.value.param == "model"
+        client.models.delete("saved")
 
 
 async def test_callers_that_leave_do_not_keep_others_waiting(server: LiveGateway, key: str) -> None:

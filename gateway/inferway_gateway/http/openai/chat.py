@@ -31,6 +31,7 @@ from ...core.errors import (
 )
 from ...core.generation import Delta, GenerationRequest, TextGenerator, Usage
 from ...core.served import ServedVersion
+from ...core.tensors import Signature
 from ..callers import while_there
 from ..routing import header_fields
 from .asking import (
@@ -212,10 +213,25 @@ async def _answer(
 def _generator(served: ServedVersion, reference: Reference) -> TextGenerator:
     text = served.text
     if text is None or not hasattr(text, "generate"):
-        raise InvalidParameterError(f"model: expected a model that generates text, '{served.name}' does not", "model")
+        raise InvalidParameterError(
+            f"model: expected a model that generates text, '{served.name}' does not{_why_not(served)}", "model"
+        )
     generator = cast(TextGenerator, text)  # an encoder has no such method
     check_adapter(reference, generator.adapters)
     return generator
+
+
+def _why_not(served: ServedVersion) -> str:
+    """What a decoder lacks that is served as tensors: a model as transformers or optimum save it is easily taken for
+    one that can be talked to as it is."""
+    signature: Signature | None = getattr(served.batcher, "signature", None)
+    inputs = () if signature is None else signature.inputs
+    if not any(spec.name.startswith(("past_key", "past.", "past_")) for spec in inputs):
+        return ""
+    return (
+        ": it is a decoder without genai_config.json beside its graph, and answers with tensors alone; "
+        "onnxruntime-genai's model builder writes that file"
+    )
 
 
 class _Answering:

@@ -62,6 +62,7 @@ def parse(text: str, forced: bool, cuts: list[int]) -> tuple[str, list[tuple[str
 
 
 @pytest.mark.parametrize(("text", "forced", "content", "calls"), TEXTS, ids=[t[0][:30] for t in TEXTS])
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_text_means_the_same_however_it_is_cut(
     text: str, forced: bool, content: str, calls: list[tuple[str, Any]], data: st.DataObject
