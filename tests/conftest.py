@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import models
 from live import LiveGateway, run_gateway
@@ -15,6 +16,10 @@ from models import ModelFiles
 # A policy that was never asked makes a loop on demand for whoever looks, and nobody closes it. pytest-asyncio and
 # looptime look before each test; told that there is none, they leave it at that.
 asyncio.set_event_loop(None)
+
+# How long an example takes is the machine's matter; tests of ours assert no times.
+settings.register_profile("inferway", deadline=None)
+settings.load_profile("inferway")
 
 
 def write_standard_repository(path: Path) -> Path:
