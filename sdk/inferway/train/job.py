@@ -36,8 +36,8 @@ class Replica(Protocol):
         """Write the parameters, ``(size,)``, into ``out``."""
         ...
 
-    def load(self, parameters: Vector) -> None:
-        """Take parameters, ``(size,)``, over."""
+    def load(self, parameters: Vector, start: int = 0) -> None:
+        """Take parameters, ``(n,)``, over, from place ``start`` of the vector on; all of them or a part."""
         ...
 
     def gradient(self, inputs: Arrays, targets: NDArray[Any], out: Vector, *, seed: int) -> float:

@@ -258,8 +258,8 @@ class TorchReplica:
     def read(self, out: Vector) -> None:
         out[:] = self._flat.values
 
-    def load(self, parameters: Vector) -> None:
-        self._flat.values[:] = parameters
+    def load(self, parameters: Vector, start: int = 0) -> None:
+        self._flat.values[start : start + len(parameters)] = parameters
 
     def gradient(self, inputs: Arrays, targets: NDArray[Any], out: Vector, *, seed: int) -> float:
         import torch
@@ -562,8 +562,8 @@ class TorchKerasReplica(_KerasReplica):
     def read(self, out: Vector) -> None:
         out[:] = self._flat.values
 
-    def load(self, parameters: Vector) -> None:
-        self._flat.values[:] = parameters
+    def load(self, parameters: Vector, start: int = 0) -> None:
+        self._flat.values[start : start + len(parameters)] = parameters
 
     def gradient(self, inputs: Arrays, targets: NDArray[Any], out: Vector, *, seed: int) -> float:
         import torch
@@ -593,15 +593,21 @@ class TensorFlowReplica(_KerasReplica):
             return loss, tape.gradient(loss, values, unconnected_gradients=none)
 
         self._step = tensorflow.function(step, reduce_retracing=True)
+        self._values = np.empty(self.size, np.float32)
+        self.read(self._values)
 
     def read(self, out: Vector) -> None:
         self._gather([_array(v) for v in self._model.trainable_variables], out)
 
-    def load(self, parameters: Vector) -> None:
+    def load(self, parameters: Vector, start: int = 0) -> None:
+        end = start + len(parameters)
+        self._values[start:end] = parameters
         at = 0
         for variable in self._model.trainable_variables:
             size = int(np.prod(variable.shape))
-            variable.assign(parameters[at : at + size].reshape(tuple(variable.shape)))
+            # Also one of which only a part came: the other part is what came for it before.
+            if at < end and start < at + size:
+                variable.assign(self._values[at : at + size].reshape(tuple(variable.shape)))
             at += size
 
     def gradient(self, inputs: Arrays, targets: NDArray[Any], out: Vector, *, seed: int) -> float:
