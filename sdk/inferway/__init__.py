@@ -104,6 +104,7 @@ if TYPE_CHECKING:
     from ._version import __version__
     from .build.export import to_onnx
     from .build.model import OnnxModel
+    from .build.optimize import Candidate, OptimizationReport, OutputDifference, optimize
     from .build.package import Package, package
     from .build.verify import Verification, VerifiedCase
     from .explain.explanation import Explanation
@@ -127,6 +128,7 @@ __all__ = [
     "BlobNotFoundError",
     "BuildError",
     "CalibrationError",
+    "Candidate",
     "ChatChoice",
     "ChatCompletion",
     "ChatMessage",
@@ -174,6 +176,8 @@ __all__ = [
     "NotFoundError",
     "NotGiven",
     "OnnxModel",
+    "OptimizationReport",
+    "OutputDifference",
     "Package",
     "PayloadTooLargeError",
     "PermissionDeniedError",
@@ -208,6 +212,7 @@ __all__ = [
     "VersionNotFoundError",
     "WorkerCrashedError",
     "__version__",
+    "optimize",
     "package",
     "to_onnx",
 ]
@@ -252,6 +257,10 @@ _MODULES = {
     "TensorSpec": "_signature",
     "Timeout": "_options",
     "OnnxModel": "build.model",
+    "Candidate": "build.optimize",
+    "OptimizationReport": "build.optimize",
+    "OutputDifference": "build.optimize",
+    "optimize": "build.optimize",
     "Package": "build.package",
     "package": "build.package",
     "Verification": "build.verify",
