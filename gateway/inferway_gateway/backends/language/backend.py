@@ -21,7 +21,7 @@ from ..worker.forks import ForkServer
 from .engine import Engine
 from .executor import LanguageExecutor
 from .generator import Generator, on_loop
-from .opening import open_engine, read_tokenizer, read_vocabulary, usual_kv_bytes
+from .opening import isolate_tokenizer, open_engine, read_tokenizer, usual_kv_bytes
 from .orders import Order, Report
 from .package import Package, read_package
 from .process import Plan, ProcessLink
@@ -148,8 +148,7 @@ class LanguageBackend:
         def crashed(detail: str) -> None:
             self.on_event("worker_crashed", artifact, detail)
 
-        vocabulary = await asyncio.to_thread(read_vocabulary, package)
-        tokenizer = await asyncio.to_thread(read_tokenizer, package, isolated=True)
+        tokenizer, vocabulary = await asyncio.to_thread(isolate_tokenizer, package)
         link = ProcessLink(self._forks, plan, crashed)
         context_length, footprint = await link.open()
         try:

@@ -75,15 +75,26 @@ def usual_kv_bytes(token_bytes: int) -> int:
 def read_vocabulary(package: Package) -> Vocabulary:
     """Raises ``ModelLoadError``."""
     try:
-        return Vocabulary(parse_object(package.tokenizer, "tokenizer.json"), package.vocabulary_size)
+        return Vocabulary.of(parse_object(package.tokenizer, "tokenizer.json"), package.vocabulary_size)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ModelLoadError(f"tokenizer.json has the wrong shape: {type(error).__name__}") from None
 
 
-def read_tokenizer(package: Package, *, isolated: bool = False) -> Marking:
-    """What makes tokens of texts, in this process or in some of its own. Blocks. Raises ``ModelLoadError``."""
-    content = package.tokenizer.encode()
+def read_tokenizer(package: Package) -> Marking:
+    """What makes tokens of texts. Blocks. Raises ``ModelLoadError``."""
     try:
-        return IsolatedTokenizer(content, "generator") if isolated else MarkingTokenizer(content)
+        return MarkingTokenizer(package.tokenizer.encode())
     except TokenizerError as error:
         raise ModelLoadError(str(error)) from None
+
+
+def isolate_tokenizer(package: Package) -> tuple[Marking, Vocabulary]:
+    """The same in processes of its own, where the vocabulary is read too. Blocks. Raises ``ModelLoadError``."""
+    try:
+        tokenizer = IsolatedTokenizer(package.tokenizer.encode(), "generator", package.vocabulary_size)
+        packed, names = tokenizer.packed
+        return tokenizer, Vocabulary.unpacked(packed, package.vocabulary_size, names)
+    except TokenizerError as error:
+        raise ModelLoadError(str(error)) from None
+    except ValueError:
+        raise ModelLoadError("the process that read tokenizer.json gave no vocabulary") from None

@@ -26,6 +26,7 @@ TEMPLATE_FILE: Final = "chat_template.jinja"
 ADAPTER_SUFFIX: Final = ".onnx_adapter"
 
 _SMALL_BYTES: Final = 4 << 20
+_SMALL_VALUES: Final = 200_000
 _TOKENIZER_BYTES: Final = 64 << 20
 _TOKENIZER_VALUES: Final = 4_000_000
 """In ``tokenizer.json``, counted before it is parsed, for an empty list of two bytes becomes seventy. The largest
@@ -92,7 +93,7 @@ def read_package(folder: Path, options: GenerationOptions) -> Package:
             "the engine needs all of them: build it with --extra_options windowed_kv_cache=false"
         )
     name = decoder.get("filename", "model.onnx")
-    if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+    if not isinstance(name, str) or Path(name).name != name or len(name) > 255 or not (folder / name).is_file():
         raise ModelLoadError(f"{LANGUAGE_FILE} names a decoder that is not in the folder")
     numbers = {
         "context_length": _number(model, "context_length", 2, 1 << 24),
@@ -108,8 +109,7 @@ def read_package(folder: Path, options: GenerationOptions) -> Package:
     tokenizer = _read_text(folder, TOKENIZER_FILE, _TOKENIZER_BYTES)
     if tokenizer is None:
         raise ModelLoadError(f"{TOKENIZER_FILE} is missing: save it beside the model")
-    if sum(map(tokenizer.count, ",[{")) > _TOKENIZER_VALUES:
-        raise ModelLoadError(f"{TOKENIZER_FILE} has more than {_TOKENIZER_VALUES} values")
+    _check_values(tokenizer, TOKENIZER_FILE, _TOKENIZER_VALUES)
     tokens = _read_json(folder, TOKENIZER_CONFIG_FILE, _SMALL_BYTES, missing={})
     known = FORMATS.get(options.template or "")
     if known is not None:
@@ -220,7 +220,13 @@ def _read_json(folder: Path, name: str, limit: int, missing: Mapping[str, Any] |
         if missing is not None:
             return missing
         raise ModelLoadError(f"{name} is missing")
+    _check_values(text, name, _SMALL_VALUES)
     return parse_object(text, name)
+
+
+def _check_values(text: str, name: str, most: int) -> None:
+    if sum(map(text.count, ",[{")) > most:
+        raise ModelLoadError(f"{name} has more than {most} values")
 
 
 def parse_object(text: str, name: str, loads: Callable[[str], Any] = json.loads) -> Mapping[str, Any]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import codecs
 import re
+from array import array
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Final
+from itertools import accumulate, pairwise
+from typing import Any, Final, Self
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_MARK: Final = "\u2581"
@@ -31,29 +33,54 @@ class Vocabulary:
     """The bytes of each token.
 
     Args:
-        tokenizer: members of ``tokenizer.json``.
-        size: of the model's logits; ids above the tokenizer's are tokens without text.
-    Attributes:
-        special: tokens that are no text, such as ``<|im_end|>``.
+        data: of each token; empty for special ones.
+        names: of special tokens, those that are no text, such as ``<|im_end|>``.
     """
 
-    def __init__(self, tokenizer: Mapping[str, Any], size: int) -> None:
+    def __init__(self, data: list[bytes], names: Mapping[int, str]) -> None:
+        self.bytes: Final = data
+        self.names: Final = names
+        self.special: Final = frozenset(names)
+
+    @classmethod
+    def of(cls, tokenizer: Mapping[str, Any], size: int) -> Self:
+        """Take it from ``tokenizer.json``.
+
+        Args:
+            tokenizer: its members.
+            size: of the model's logits; ids above the tokenizer's are tokens without text.
+        Raises:
+            KeyError, TypeError, AttributeError, ValueError, IndexError: it has the wrong shape.
+        """
         words = tokenizer["model"]["vocab"]
         pairs = words.items() if isinstance(words, Mapping) else ((word[0], i) for i, word in enumerate(words))
         letters = _byte_letters() if _is_byte_level(tokenizer.get("decoder")) else None
-        self.bytes: Final[list[bytes]] = [b""] * size
+        data = [b""] * size
         for word, token in pairs:
             if token < size:
-                self.bytes[token] = _bytes_of(word, letters)
-        special = set()
+                data[token] = _bytes_of(word, letters)
+        names = {}
         for added in tokenizer.get("added_tokens") or ():
             token = added["id"]
             if token < size:
-                self.bytes[token] = b"" if added.get("special") else added["content"].encode()
+                data[token] = b"" if added.get("special") else added["content"].encode()
                 if added.get("special"):
-                    special.add(token)
-        self.special: Final = frozenset(special)
-        self.names: Final[Mapping[int, str]] = {a["id"]: a["content"] for a in tokenizer.get("added_tokens") or ()}
+                    names[token] = added["content"]
+        return cls(data, names)
+
+    def packed(self) -> bytes:
+        """The bytes of all tokens, their lengths in front: little-endian numbers of 32 bits."""
+        return array("i", map(len, self.bytes)).tobytes() + b"".join(self.bytes)
+
+    @classmethod
+    def unpacked(cls, raw: bytes, size: int, names: Mapping[int, str]) -> Self:
+        """From what ``packed`` gave, somewhere else. Raises ``ValueError`` where it is nothing of the kind."""
+        lengths = array("i")
+        lengths.frombytes(raw[: 4 * size])
+        ends = list(accumulate(lengths, initial=4 * size))
+        if len(lengths) != size or min(lengths) < 0 or ends[-1] != len(raw) or not all(0 <= t < size for t in names):
+            raise ValueError("no packed vocabulary")
+        return cls([raw[start:end] for start, end in pairwise(ends)], names)
 
     @property
     def size(self) -> int:

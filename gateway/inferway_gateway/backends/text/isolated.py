@@ -37,23 +37,33 @@ class IsolatedTokenizer:
     Args:
         content: of ``tokenizer.json``.
         kind: of what ``encode`` gives: as ``LoadedTokenizer`` for encoders, or ``MarkingTokenizer`` for generators.
+        size: of a generator's logits.
+    Attributes:
+        packed: a generator's vocabulary, as ``Vocabulary.unpacked`` takes it, and the names of its special tokens.
     Raises:
         TokenizerError: it is refused, or takes too long or too much memory to open.
     """
 
     def __init__(
-        self, content: bytes, kind: Literal["encoder", "generator"] = "encoder", limit_s: float = ENCODE_LIMIT_S
+        self,
+        content: bytes,
+        kind: Literal["encoder", "generator"] = "encoder",
+        size: int = 0,
+        *,
+        limit_s: float = ENCODE_LIMIT_S,
     ) -> None:
         if len(content) > MAX_BYTES:
             raise TokenizerError(f"tokenizer.json is longer than {MAX_BYTES} bytes")
         self._limit_s = limit_s
-        self._opening = orjson.dumps({"kind": kind}), b"\0", content
+        self._content = content
+        self._kind = kind
         self._idle: SimpleQueue[Program | None] = SimpleQueue()
         weakref.finalize(self, _end_all, self._idle)
-        child, facts = self._started()
+        child, facts, packed = self._started(size)
         self._idle.put(child)
         for _ in range(_PROCESSES - 1):
             self._idle.put(None)
+        self.packed: Final = packed, {int(token): str(name) for token, name in facts.get("names", ())}
         self.begin: Final[tuple[int, ...]] = tuple(map(int, facts.get("begin", ())))
         self.vocabulary: Final[int] = int(facts.get("vocabulary", 0))
         self.single: Final = _template(facts.get("single")) or Template()
@@ -66,7 +76,7 @@ class IsolatedTokenizer:
         kept: Program | None = None
         try:
             if child is None:
-                child, _ = self._started()
+                child, _, _ = self._started(0)
             head, _, raw = child.ask(message, limit_s=self._limit_s).partition(b"\0")
             kept = child
         except TimeoutError:
@@ -81,13 +91,15 @@ class IsolatedTokenizer:
             self._idle.put(kept)
         return _read(head, raw, len(texts))
 
-    def _started(self) -> tuple[Program, Mapping[str, Any]]:
+    def _started(self, size: int) -> tuple[Program, Mapping[str, Any], bytes]:
         try:
             child = Program(_MODULE)
         except OSError:
             raise TokenizerError("the process of the tokenizer cannot be started") from None
         try:
-            facts: dict[str, Any] = orjson.loads(child.ask(*self._opening, limit_s=START_LIMIT_S))
+            order = orjson.dumps({"kind": self._kind, "size": size})
+            head, _, packed = child.ask(order, b"\0", self._content, limit_s=START_LIMIT_S).partition(b"\0")
+            facts: dict[str, Any] = orjson.loads(head)
             if "error" in facts:
                 raise TokenizerError(str(facts["error"])[:500])
         except TimeoutError:
@@ -99,7 +111,7 @@ class IsolatedTokenizer:
         except TokenizerError:
             child.end()
             raise
-        return child, facts
+        return child, facts, packed
 
 
 def _read(head: bytes, raw: bytes, texts: int) -> list[list[int]]:

@@ -128,6 +128,8 @@ def _folders(artifact: Artifact) -> list[Path]:
 
 def _find(folders: Sequence[Path], *parts: str) -> Path | None:
     for folder in folders:
+        if any(len(part.encode(errors="replace")) > 255 or "\0" in part for part in parts):
+            continue
         path = folder.joinpath(*parts)
         # A link may lead to another model of the same repository, and no further.
         if path.is_file() and path.resolve().is_relative_to(folders[-1].resolve().parent):

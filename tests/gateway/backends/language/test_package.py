@@ -169,3 +169,14 @@ async def test_a_tokenizer_of_millions_of_lists_is_not_parsed(open_language: Ope
     (folder / "tokenizer.json").write_text('{"x": [' + "[]," * 2_100_000 + "[]]}")
     with pytest.raises(ModelLoadError, match="more than 4000000 values"):
         await open_language(folder)
+
+
+async def test_files_of_many_values_and_names_of_many_letters_are_refused(
+    open_language: OpenModel, folder: Path
+) -> None:
+    change(folder, "genai_config.json", lambda config: config["model"]["decoder"].update(filename="a" * 5000))
+    with pytest.raises(ModelLoadError, match="not in the folder"):
+        await open_language(folder)
+    (folder / "genai_config.json").write_text("[" + "[]," * 150_000 + "[]]")
+    with pytest.raises(ModelLoadError, match="more than 200000 values"):
+        await open_language(folder)

@@ -19,7 +19,7 @@ def byte_vocabulary() -> Vocabulary:
     words = {f"<0x{byte:02X}>": byte for byte in range(256)}
     added = [{"id": 256, "content": "<|end|>", "special": True}, {"id": 257, "content": "<tool>", "special": False}]
     tokenizer: dict[str, Any] = {"model": {"vocab": words}, "decoder": {"type": "ByteFallback"}, "added_tokens": added}
-    return Vocabulary(tokenizer, 260)
+    return Vocabulary.of(tokenizer, 260)
 
 
 BYTES = byte_vocabulary()
@@ -77,6 +77,17 @@ def test_special_tokens_are_no_text_but_have_names() -> None:
 def test_byte_level_tokens_decode_to_what_was_encoded(text: str) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     raw = (folder_of("tiny-llm") / "tokenizer.json").read_text()
-    vocabulary = Vocabulary(json.loads(raw), 49152)
+    vocabulary = Vocabulary.of(json.loads(raw), 49152)
     ids = tokenizers.Tokenizer.from_str(raw).encode(text).ids
     assert vocabulary.decode(ids) == text
+
+
+def test_a_vocabulary_is_the_same_after_it_was_packed() -> None:
+    own = byte_vocabulary()
+    other = Vocabulary.unpacked(own.packed(), own.size, own.names)
+    assert (other.bytes, other.names, other.special) == (own.bytes, own.names, own.special)
+    for raw in (b"", own.packed()[:-1], own.packed() + b"x", b"\xff" * len(own.packed())):
+        with pytest.raises(ValueError, match="no packed"):
+            Vocabulary.unpacked(raw, own.size, own.names)
+    with pytest.raises(ValueError, match="no packed"):
+        Vocabulary.unpacked(own.packed(), own.size, {own.size: "<a>"})

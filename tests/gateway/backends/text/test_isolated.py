@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import text_models
+from inferway_gateway.backends.language.text import Vocabulary
 from inferway_gateway.backends.text.isolated import IsolatedTokenizer
 from inferway_gateway.backends.text.tokenizer import LoadedTokenizer, MarkingTokenizer, TokenizerError
 from inferway_gateway.core.errors import ModelExecutionError
@@ -86,3 +87,14 @@ def test_its_processes_end_with_it() -> None:
     del tokenizer
     gc.collect()
     assert child.ended
+
+
+def test_a_generators_vocabulary_comes_from_its_process() -> None:
+    document = text_models.tokenizer()
+    tokenizer = IsolatedTokenizer(as_bytes(document), "generator", 200)
+    vocabulary = Vocabulary.unpacked(tokenizer.packed[0], 200, tokenizer.packed[1])
+    own = Vocabulary.of(document, 200)
+    assert (vocabulary.bytes, vocabulary.names) == (own.bytes, own.names)
+    many = [{**document["added_tokens"][0], "id": i, "content": f"<{i}>"} for i in range(20_001)]
+    with pytest.raises(TokenizerError, match="more than 20000 special tokens"):
+        IsolatedTokenizer(as_bytes({**document, "added_tokens": many}), "generator", 50_000)

@@ -182,3 +182,12 @@ def test_a_link_out_of_the_repository_is_not_followed(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").symlink_to(elsewhere)
     assert read(tmp_path, {"model.onnx": TOKENS["model.onnx"]}) is None
+
+
+@pytest.mark.parametrize("place", ["a" * 100_000, "a\0b", "../../../../etc"], ids=["long", "nul", "outside"])
+def test_a_module_that_is_nowhere_is_refused_in_words(tmp_path: Path, place: str) -> None:
+    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": place}]
+    files = {**text_models.embedder(), "modules.json": json.dumps(modules).encode()}
+    files.pop("inferway.toml", None)
+    with pytest.raises(ModelLoadError, match="asks for nothing"):
+        read(tmp_path, files)
