@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         QuotaExceededError,
         RateLimitError,
         ServiceUnavailableError,
+        StaleModelError,
         StreamInterruptedError,
         TrainingDivergedError,
         TrainingError,
@@ -110,6 +111,10 @@ if TYPE_CHECKING:
     from .explain.explanation import Explanation
     from .resources.deployments import AsyncDeployment, Deployment
     from .resources.inference import AsyncModelHandle, ModelHandle
+    from .train.deployed import DeployedModel
+    from .train.history import History
+    from .train.job import CheckpointOptions, EarlyStopping
+    from .train.wrapper import WrappedModel, wrap
 
 __all__ = [
     "NOT_GIVEN",
@@ -132,6 +137,7 @@ __all__ = [
     "ChatChoice",
     "ChatCompletion",
     "ChatMessage",
+    "CheckpointOptions",
     "Classified",
     "ClassifyResult",
     "ClientClosedError",
@@ -143,16 +149,19 @@ __all__ = [
     "ContentDelta",
     "DeadlineExceededError",
     "DeployEvent",
+    "DeployedModel",
     "Deployment",
     "DeploymentFailedError",
     "DeploymentNotFoundError",
     "DigestMismatchError",
+    "EarlyStopping",
     "EmbeddingResult",
     "Explanation",
     "ExportError",
     "ExportMismatchError",
     "Finish",
     "GoldenMismatchError",
+    "History",
     "InferenceResult",
     "Inferway",
     "InferwayError",
@@ -193,6 +202,7 @@ __all__ = [
     "RetryEvent",
     "RetryPolicy",
     "ServiceUnavailableError",
+    "StaleModelError",
     "StreamInterruptedError",
     "TensorSpec",
     "TextStream",
@@ -211,13 +221,21 @@ __all__ = [
     "VerifiedCase",
     "VersionNotFoundError",
     "WorkerCrashedError",
+    "WrappedModel",
     "__version__",
     "optimize",
     "package",
     "to_onnx",
+    "wrap",
 ]
 
 _MODULES = {
+    "CheckpointOptions": "train.job",
+    "DeployedModel": "train.deployed",
+    "EarlyStopping": "train.job",
+    "History": "train.history",
+    "WrappedModel": "train.wrapper",
+    "wrap": "train.wrapper",
     "AsyncTextStream": "_streams",
     "TextStream": "_streams",
     "ChatChoice": "_text",

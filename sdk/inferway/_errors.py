@@ -12,6 +12,7 @@
         ExportError                            what it computes cannot be said in ONNX
           ExportMismatchError                  what was exported computes something else
         CalibrationError                       also ValueError: calibration data that is missing or does not fit
+        StaleModelError                        weights that changed after the model was optimised
       TrainingError                            a training ended without a result
         TrainingDivergedError                  a loss or a gradient is no number
         InsufficientResourcesError             also TimeoutError: what was asked for is not there, or not in time
@@ -201,6 +202,10 @@ class ExportMismatchError(ExportError):
 
 class CalibrationError(BuildError, ValueError):
     """Data to calibrate or measure with is missing, or does not fit the model's signature."""
+
+
+class StaleModelError(BuildError):
+    """The model's weights have changed since it was optimised: what would be deployed is not what was trained last."""
 
 
 class TrainingError(InferwayError):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .._errors import ConfigurationError, ExportError, InvalidInputError, MissingExtraError, ModelNotBuiltError
 from ..build.example import is_frame, to_numpy
 from ..build.model import OnnxModel
-from .data import ONLY
+from .data import ONLY, cut
 
 _PREFIX: Final = "preprocessing_"
 _VERIFIED_ROWS: Final = 64
@@ -192,7 +192,7 @@ def composed(preprocessing: Preprocessing, network: OnnxModel, x: object, predic
 
     Args:
         network: takes what `Preprocessing.transform` gives.
-        x: raw rows to compare on; those with missing values among them are the ones that matter.
+        x: raw rows to compare on; those with missing values among them matter most.
         predict: the network's own outputs for what `Preprocessing.transform` gives, by output name.
     Raises:
         ExportError: the two do not fit together, or a transformer has no form in ONNX.
@@ -208,7 +208,7 @@ def composed(preprocessing: Preprocessing, network: OnnxModel, x: object, predic
             f"preprocessing makes one table, and the network takes {len(network.inputs)} inputs: expected one"
         )
     before, output = preprocessing.graph(x)
-    after = onnx.compose.add_prefix(network.proto, "network_", rename_inputs=False, rename_outputs=False)
+    after = onnx.compose.add_prefix(network.proto, "network_", rename_inputs=True, rename_outputs=False)
     entry = after.graph.input[0].name
     after, before = _aligned(after, before)
     names = {value.name for value in before.graph.input}
@@ -217,10 +217,6 @@ def composed(preprocessing: Preprocessing, network: OnnxModel, x: object, predic
         raise ExportError(
             f"the column {sorted(taken)[0]!r} has the name of an output of the network; rename the column"
         )
-    if entry in names:
-        # The only input of both is called x, and in one graph a name means one thing.
-        after = _renamed(after, entry, "network_input")
-        entry = "network_input"
     before = _cast(before, output, after.graph.input[0].type.tensor_type.elem_type)
     merged = onnx.compose.merge_models(before, after, io_map=[(before.graph.output[0].name, entry)])
     merged.graph.name = "pipeline"
@@ -228,12 +224,16 @@ def composed(preprocessing: Preprocessing, network: OnnxModel, x: object, predic
         value.type.tensor_type.shape.dim[0].dim_param = BATCH
     session = open_session(merged)
     runs = []
-    count = len(preprocessing.transform(x))
-    for rows in dict.fromkeys((1, min(5, count), min(count, _VERIFIED_ROWS))):
-        part: Any = x.iloc[:rows] if is_frame(x) else np.asarray(x)[:rows]
+    chosen = _telling(x)
+    for rows in dict.fromkeys((1, min(5, len(chosen)), len(chosen))):
+        part = cut(x, chosen[:rows])
         inputs = {name: np.asarray(array) for name, array in preprocessing.wire(part).items()}
         runs.append(Run({BATCH: rows}, inputs, predict(preprocessing.transform(part))))
-    verification = verify(lambda inputs: run(session, inputs), runs, what="the preprocessing and the network")
+    scores = [value.name for value in merged.graph.output if value.name in ("probabilities", "scores")]
+    ties = {"label": scores[0]} if scores else {}
+    verification = verify(
+        lambda inputs: run(session, inputs), runs, what="the preprocessing and the model behind it", ties=ties
+    )
     last = runs[-1]
     return replace(
         network,
@@ -242,6 +242,14 @@ def composed(preprocessing: Preprocessing, network: OnnxModel, x: object, predic
         verification=verification,
         examples=(({k: v[:8] for k, v in last.inputs.items()}, {k: v[:8] for k, v in last.outputs.items()}),),
     )
+
+
+def _telling(x: Any) -> NDArray[np.int64]:
+    """Rows to compare on: those with missing values first and then others, in turn, so that few rows have both."""
+    missing = x.isna().to_numpy().any(axis=1) if is_frame(x) else np.isnan(np.asarray(x, float)).any(axis=1)
+    order = np.argsort(~missing, kind="stable")
+    half = min(int(missing.sum()), _VERIFIED_ROWS // 2)
+    return np.concatenate([order[:half], order[int(missing.sum()) :]])[:_VERIFIED_ROWS]
 
 
 def _aligned(after: Any, before: Any) -> tuple[Any, Any]:
@@ -262,13 +270,6 @@ def _aligned(after: Any, before: Any) -> tuple[Any, Any]:
             proto.opset_import.add(domain="", version=newest)
         proto.ir_version = max(item.ir_version for item in (after, before))
     return made[0], made[1]
-
-
-def _renamed(proto: Any, old: str, new: str) -> Any:
-    from ..build.export_keras import rename
-
-    rename(proto, [old], [new])
-    return proto
 
 
 def _cast(proto: Any, output: str, datatype: int) -> Any:
