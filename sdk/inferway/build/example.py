@@ -48,9 +48,9 @@ def tree_of(value: object) -> Tree:
 
 
 def is_frame(value: object) -> bool:
-    """Whether it is a data frame of pandas; the module is never imported here."""
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(value, pandas.DataFrame)
+    """Whether it is a data frame of pandas or polars; the modules are never imported here."""
+    loaded = [sys.modules[name] for name in ("pandas", "polars") if name in sys.modules]
+    return any(isinstance(value, module.DataFrame) for module in loaded)
 
 
 def is_array(value: object) -> bool:

@@ -12,6 +12,7 @@ from .example import Arrays
 from .export_keras import keras_source
 from .export_sklearn import sklearn_source
 from .export_torch import torch_source
+from .graph import cast_outputs, reshape_outputs
 from .model import OnnxModel
 from .quiet import undisturbed
 from .runtime import onnx_module, open_session, ort, run
@@ -25,6 +26,8 @@ _MAKERS: Final[dict[str, Callable[[Any, object, Wishes], Source]]] = {
     "keras": keras_source,
     "torch": torch_source,
     "sklearn": sklearn_source,
+    "xgboost": partial(sklearn_source, framework="xgboost"),
+    "lightgbm": partial(sklearn_source, framework="lightgbm"),
 }
 _EXAMPLE_ROWS: Final = 8
 """Rows of the example that are kept with the model."""
@@ -101,15 +104,22 @@ def _source_runs(source: Source, axes: Axes) -> tuple[list[Run], list[str]]:
     runs: list[Run] = []
     skipped: list[str] = []
     lengths: set[str] = set()
-    for sizes, inputs in variants(source.inputs, axes):
-        try:
-            outputs = source.predict(inputs)
-        except InferwayError:
-            raise
-        except Exception as error:
+    for sizes, choices in variants(source.inputs, axes):
+        outputs: Arrays | None = None
+        failure: Exception | None = None
+        for inputs in choices:
+            try:
+                outputs = source.predict(inputs)
+                break
+            except InferwayError:
+                raise
+            except Exception as error:
+                failure = failure or error
+        if outputs is None:
+            assert failure is not None
             if not runs:
-                raise BuildError(f"{source.what} cannot be run on the example: {first_line(error)}") from error
-            skipped.append(f"{', '.join(f'{name}={size}' for name, size in sizes.items())}: {first_line(error)}")
+                raise BuildError(f"{source.what} cannot be run on the example: {first_line(failure)}") from failure
+            skipped.append(f"{', '.join(f'{name}={size}' for name, size in sizes.items())}: {first_line(failure)}")
             continue
         if runs:
             lengths |= {name for name, size in sizes.items() if size != runs[0].sizes[name]}
@@ -130,14 +140,15 @@ def _first_good(
     for attempt in source.attempts:
         try:
             proto = attempt()
-            declare(proto, axes, runs)
-            session = open_session(proto)
+            if proto is None:
+                continue
+            session = _opened(proto, axes, runs)
         except BuildError as error:
             failure = failure or error
             continue
         except Exception as error:
             failure = failure or ExportError(
-                f"ONNX Runtime cannot load what was made of {source.what}: {first_line(error)}"
+                f"ONNX Runtime cannot run what was made of {source.what}: {first_line(error)}"
             )
             failure.__cause__ = failure.__cause__ or error
             continue
@@ -156,6 +167,19 @@ def _first_good(
         )  # fmt: skip
     assert failure is not None
     raise failure
+
+
+def _opened(proto: Any, axes: Axes, runs: Sequence[Run]) -> Any:
+    """A session of the graph, after its outputs have got the shapes of the source's."""
+    first = runs[0]
+    session = open_session(proto)
+    given = run(session, first.inputs)
+    wanted = {name: array for name, array in first.outputs.items() if name in given}
+    if any(given[name].shape != array.shape or given[name].dtype != array.dtype for name, array in wanted.items()):
+        reshape_outputs(proto, given, wanted)
+        cast_outputs(proto, given, wanted)
+    declare(proto, axes, runs)
+    return open_session(proto)
 
 
 def _head(arrays: Arrays, first: Run) -> dict[str, Array]:

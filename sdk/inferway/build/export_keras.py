@@ -20,6 +20,7 @@ from .._errors import BuildError, ConfigurationError, ExportError, MissingExtraE
 from .._tensors import Array, shape_text
 from .example import Arrays, Tree, is_frame, to_numpy, tree_of, unique
 from .export_torch import export_module, from_numpy, strip
+from .graph import rename
 from .quiet import scratch
 from .source import Source, Wishes, axes_of
 from .verify import first_line
@@ -253,31 +254,6 @@ def _by_keras(
     rename(proto, [value.name for value in proto.graph.input], list(inputs))
     rename(proto, [value.name for value in proto.graph.output], outputs)
     return proto
-
-
-def rename(proto: Any, before: Sequence[str], after: Sequence[str]) -> None:
-    """Give inputs or outputs of a graph other names, wherever they stand."""
-    changes = {old: new for old, new in zip(before, after, strict=True) if old != new}
-    if not changes:
-        return
-    # In two steps, because a new name may be the old one of something else.
-    taken = {name for node in proto.graph.node for name in (*node.input, *node.output)} - set(before)
-    first = {name: f"{name}__inner" for name in taken & set(changes.values())}
-    for mapping in (first, changes):
-        _renamed(proto.graph, mapping)
-
-
-def _renamed(graph: Any, mapping: Mapping[str, str]) -> None:
-    for field in ("input", "output", "value_info", "initializer"):
-        for value in getattr(graph, field):
-            value.name = mapping.get(value.name, value.name)
-    for node in graph.node:
-        for names in (node.input, node.output):
-            for place, name in enumerate(names):
-                names[place] = mapping.get(name, name)
-        for attribute in node.attribute:
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                _renamed(inner, mapping)
 
 
 def digest_of(model: Any) -> str:

@@ -85,11 +85,15 @@ class Run:
 
 def variants(
     example: Arrays, axes: Axes, *, rows: Sequence[int] | None = None
-) -> Iterator[tuple[dict[str, int], Arrays]]:
-    """Sizes of the variable axes, with inputs of these sizes; the example itself comes first."""
+) -> Iterator[tuple[dict[str, int], Sequence[Arrays]]]:
+    """Sizes of the variable axes, with inputs of these sizes; the example itself comes first.
+
+    Of each size there are inputs with numbers that are not in the example, and others with none but these, for models
+    that take numbers as categories.
+    """
     base = sizes_of(example, axes)
     random = np.random.default_rng(0)
-    yield base, example
+    yield base, [example]
     # A row is repeated often only where that takes no memory to speak of.
     row_bytes = sum(array.nbytes // max(1, len(array)) for array in example.values() if array.ndim)
     large = max(2, min(LARGE_BATCH, _CASE_BYTES // max(1, row_bytes)))
@@ -103,7 +107,13 @@ def variants(
     if others and BATCH in base:
         plans.append({**{name: size + 2 for name, size in base.items()}})
     for sizes in plans:
-        yield sizes, {name: resized(array, axes.get(name, {}), sizes, random) for name, array in example.items()}
+        yield (
+            sizes,
+            [
+                {name: resized(array, axes.get(name, {}), sizes, random, new) for name, array in example.items()}
+                for new in (True, False)
+            ],
+        )
 
 
 def sizes_of(example: Arrays, axes: Axes) -> dict[str, int]:
@@ -115,15 +125,17 @@ def sizes_of(example: Arrays, axes: Axes) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: item[0] != BATCH))
 
 
-def resized(array: Array, named: Mapping[int, str], sizes: Mapping[str, int], random: np.random.Generator) -> Array:
-    """An array of other lengths, made of the values of this one."""
+def resized(
+    array: Array, named: Mapping[int, str], sizes: Mapping[str, int], random: np.random.Generator, new: bool = True
+) -> Array:
+    """An array of other lengths, made of the values of this one; ``new``: numbers are changed a little."""
     made = array
     for axis, symbol in named.items():
         made = np.take(made, np.arange(sizes[symbol]) % made.shape[axis], axis=axis)
     if 0 in named and made.shape[0] > 1:
         # Each column for itself, so that rows are new ones and no column gets another's values.
         made = random.permuted(made, axis=0) if made.dtype.name != "bfloat16" else made[random.permutation(len(made))]
-    if made.dtype.kind == "f":
+    if new and made.dtype.kind == "f":
         with np.errstate(invalid="ignore"):
             whole = bool((np.trunc(array) == array)[np.isfinite(array)].all())
         if not whole:
