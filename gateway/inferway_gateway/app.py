@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 
 from .backends.isolation import ChosenIsolation
 from .backends.language.backend import LanguageBackend, admit_language
+from .backends.language.executor import LanguageExecutor
 from .backends.onnx import OnnxBackend
 from .backends.onnx.admission import EXTENSIONS_DOMAINS, admit
 from .backends.remote import RemoteBackend
@@ -59,7 +60,7 @@ from .http.openai import models as openai_models
 from .http.openai.templates import TemplateRenderer
 from .http.routing import ApiRoute, refuse_foreign_pages
 from .http.text_metrics import TextMetrics
-from .http.worker_metrics import WorkerMetrics
+from .http.worker_metrics import WorkerMetrics, Workers
 from .settings import Settings, environment_variable
 from .store.blobs import BlobStore, StorageLimits
 from .store.catalog import SqlCatalog, open_catalog
@@ -265,7 +266,12 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             async def build_language(artifact: Artifact, stats: ModelStats) -> Executor:
                 return await language.open(artifact, stats, approved=True)
 
-            language = LanguageBackend(settings.cpus, workers.forks, load_timeout_s=settings.worker_load_timeout_s)
+            language = LanguageBackend(
+                settings.cpus,
+                workers.forks,
+                load_timeout_s=settings.worker_load_timeout_s,
+                breaker_failures=settings.worker_breaker_failures,
+            )
             upstreams: tuple[UpstreamSpec, ...] = ()
             if settings.upstreams is not None:
                 upstreams = await asyncio.to_thread(read_upstreams, settings.upstreams, environment_variable)
@@ -359,7 +365,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             metrics.add(AliasMetrics(router.aliases))
             metrics.add(TextMetrics(lambda: _encoders(registry)))
             metrics.add(GenerationMetrics(lambda: _generators(registry)))
-            metrics.add(WorkerMetrics(lambda: _worker_sessions(registry), capabilities().missing))
+            metrics.add(WorkerMetrics(lambda: _processes(registry), capabilities().missing))
             workers.on_event = language.on_event = await stack.enter_async_context(_worker_events(catalog))
             app.begin_drain = registry.begin_drain
             loading = asyncio.create_task(registry.run(), name="inferway-registry")
@@ -458,10 +464,12 @@ def _workers(settings: Settings) -> WorkerBackend:
     )
 
 
-def _worker_sessions(registry: Registry) -> Iterator[tuple[str, int, WorkerSession]]:
+def _processes(registry: Registry) -> Iterator[tuple[str, int, Workers]]:
     for served in registry.served():
         if isinstance(served.session, WorkerSession):
             yield served.name, served.version, served.session
+        elif isinstance(served.batcher, LanguageExecutor) and served.batcher.workers is not None:
+            yield served.name, served.version, served.batcher.workers
 
 
 @asynccontextmanager

@@ -88,8 +88,9 @@ class LanguageBackend:
     Args:
         cpus: processors that runs may use; None asks the system.
         forks: starts the processes of models with the isolation ``worker``; None: there are none.
-        on_event: told when such a process dies.
+        on_event: told when such a process dies, and of its breaker.
         load_timeout_s: for opening a model in one.
+        breaker_failures: see ``worker.breaker.Breaker``.
     """
 
     def __init__(
@@ -99,12 +100,14 @@ class LanguageBackend:
         *,
         on_event: OnEvent = _nothing,
         load_timeout_s: float = 300.0,
+        breaker_failures: int = 3,
         confine: bool = True,
     ) -> None:
         self._cpus = cpus or len(os.sched_getaffinity(0))
         self._forks = forks
         self.on_event = on_event
         self._load_timeout_s = load_timeout_s
+        self._breaker_failures = breaker_failures
         self._confine = confine
 
     async def open(self, artifact: Artifact, stats: ModelStats, *, approved: bool = False) -> LanguageExecutor:
@@ -143,13 +146,13 @@ class LanguageBackend:
         slots = options.max_sequences * min(package.context_length * token_bytes, kv_bytes)
         title = f"inferway language {artifact.name}/{artifact.version}"
         space = _LOAD_FLOOR_BYTES + _LOAD_RATIO * size + slots + 2 * kv_bytes
-        plan = Plan(title, folder, options, threads, space, self._load_timeout_s, self._confine)
+        plan = Plan(title, folder, options, threads, space, self._load_timeout_s, self._confine, self._breaker_failures)
 
-        def crashed(detail: str) -> None:
-            self.on_event("worker_crashed", artifact, detail)
+        def happened(kind: str, detail: str) -> None:
+            self.on_event(kind, artifact, detail)
 
         tokenizer, vocabulary = await asyncio.to_thread(isolate_tokenizer, package)
-        link = ProcessLink(self._forks, plan, crashed)
+        link = ProcessLink(self._forks, plan, happened)
         context_length, footprint = await link.open()
         try:
             generator = Generator(
@@ -167,7 +170,7 @@ class LanguageBackend:
             raise
         generator.connect(link)
         link.attend(generator)
-        return LanguageExecutor(generator, stats, footprint)
+        return LanguageExecutor(generator, stats, footprint, workers=link)
 
     async def _open_here(
         self, package: Package, config: ModelConfig, threads: int, size: int, stats: ModelStats, approved: bool

@@ -15,6 +15,7 @@ from ...core.inflight import InFlight
 from ...core.stats import ModelStats
 from ...core.tensors import Signature, TensorSpec
 from .generator import Generator
+from .process import ProcessLink
 
 SIGNATURE: Final = Signature(
     (
@@ -31,13 +32,22 @@ class LanguageExecutor:
 
     Args:
         footprint: what the model takes, measured or worked out; None where nothing is known.
+        workers: the process that writes the answers, where it is one of its own.
     """
 
     inline: Final = False
     row_exact: Final = True
 
-    def __init__(self, generator: Generator, stats: ModelStats, footprint: Footprint | None = None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        stats: ModelStats,
+        footprint: Footprint | None = None,
+        *,
+        workers: ProcessLink | None = None,
+    ) -> None:
         self.generator: Final = generator
+        self.workers: Final = workers
         self.signature: Final = SIGNATURE
         self._stats = stats
         self._footprint = footprint

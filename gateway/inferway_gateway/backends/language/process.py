@@ -3,6 +3,11 @@
 What it was writing when it died is lost, and those who waited for it are told. It is started again at once, then after
 0.1 s and twice as long each time, up to 5 s, until an answer has come to its end; meanwhile requests are told to come
 again.
+
+Nobody knows which of the answers in it killed it, so each death counts against the model, and so does a start that
+fails. Some of them in a short time open the breaker: then the process is not even started for a while, since loading a
+model is work, and requests are told when to come again. After that one request is let in at a time, until one has come
+to its end.
 """
 
 from __future__ import annotations
@@ -14,26 +19,32 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ...core.catalog import Footprint
-from ...core.errors import ModelLoadError, ModelNotReadyError
+from ...core.errors import ModelFailingError, ModelLoadError, ModelNotReadyError
 from ...core.model_config import GenerationOptions
+from ...core.stats import WorkerStats
 from ..footprint import MemoryWatch
 from ..worker import messages
+from ..worker.breaker import Breaker
 from ..worker.forks import Fork, ForkError, ForkServer
+from ..worker.process import read_status
 from . import frames
 from .generator import Generator
-from .orders import Order, Piece, read_report, write_order
+from .orders import Failure, Order, Piece, read_report, write_order
 
 _log = logging.getLogger(__name__)
 
 _FIRST_BACK_OFF_S: Final = 0.1
 _MAX_BACK_OFF_S: Final = 5.0
 _END_LIMIT_S: Final = 2.0
+_TRIAL_S: Final = 1.0
+"""When to come again while another request is on trial."""
 _SAID: Final = 500
 
 
@@ -44,6 +55,7 @@ class Plan:
     Attributes:
         options: with ``kv_cache_bytes`` said.
         threads: inside one run.
+        breaker_failures: see ``Breaker``; 0 never opens it.
     """
 
     title: str
@@ -53,6 +65,7 @@ class Plan:
     address_space_bytes: int
     load_timeout_s: float = 300.0
     confine: bool = True
+    breaker_failures: int = 3
 
 
 @dataclass(slots=True, eq=False)
@@ -84,23 +97,31 @@ class ProcessLink:
     """Implements ``Link``.
 
     Args:
-        crashed: told, in words, whenever the process ended by itself.
+        on_event: told, in words, whenever the process ended by itself, and when the breaker opens and closes.
     """
 
-    def __init__(self, forks: ForkServer, plan: Plan, crashed: Callable[[str], None]) -> None:
+    def __init__(self, forks: ForkServer, plan: Plan, on_event: Callable[[str, str], None]) -> None:
         self._forks = forks
         self._plan = plan
-        self._crashed = crashed
+        self._on_event = on_event
+        self.stats = WorkerStats()
+        self._breaker = Breaker(plan.breaker_failures)
+        self._trial: int | None = None
+        """The one request that was let in since the breaker has been half open."""
         self._process: _Process | None = None
         self._generator: Generator | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-        self.restarts = 0
 
     @property
     def pid(self) -> int | None:
         """Of the process; None while there is none."""
         return None if self._process is None else self._process.fork.pid
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the process has for itself, now."""
+        return 0 if self._process is None else read_status(self._process.fork.pid).get("RssAnon", 0)
 
     async def open(self) -> tuple[int, Footprint | None]:
         """Start it; gives the tokens of its context, and its memory where that is known.
@@ -109,6 +130,8 @@ class ProcessLink:
             ModelLoadError: it did not start, refused its model, died of it, or took too long.
         """
         self._process = await self._start()
+        self.stats.processes = 1
+        self.stats.layers = dict.fromkeys(self._process.answer.get("layers", ()), True)
         return int(self._process.answer["context_length"]), self._process.footprint
 
     def attend(self, generator: Generator) -> None:
@@ -119,14 +142,27 @@ class ProcessLink:
     # -- Link ----------------------------------------------------------------------------------------------------------
 
     def problem(self) -> str | None:
+        if self._breaker.retry_after_s(time.monotonic()) > 0:
+            return "the process that writes its answers ended too often and is held back"
         return None if self._process is not None else "the process that writes its answers starts again"
 
     def submit(self, order: Order) -> None:
+        now = time.monotonic()
+        state = self._breaker.state(now)
+        if state == "open" or (state == "half_open" and self._trial is not None):
+            raise ModelFailingError(
+                "the process that writes the answers ended too often and is held back",
+                retry_after_s=max(self._breaker.retry_after_s(now), _TRIAL_S),
+            )
         if self._process is None:
             raise ModelNotReadyError("the process that writes the answers starts again", retry_after_s=1.0)
+        if state == "half_open":
+            self._trial = order.number
         self._process.writer.write(frames.pack(frames.ORDER + write_order(order)))
 
     def cancel(self, number: int) -> None:
+        if number == self._trial:
+            self._trial = None
         if self._process is not None:
             self._process.writer.write(frames.pack(frames.CANCEL + frames.NUMBER.pack(number)))
 
@@ -136,6 +172,7 @@ class ProcessLink:
             self._task.cancel()
             await asyncio.wait((self._task,))
         process, self._process = self._process, None
+        self.stats.processes = 0
         if process is not None:
             await process.ended()
         if self._generator is not None:
@@ -217,23 +254,48 @@ class ProcessLink:
             except OSError as error:
                 why = error.strerror or "its socket broke"
                 process.kill()
-            self._process = None
+            self._process = self._trial = None
+            self.stats.processes = 0
             assert self._generator is not None
             self._generator.lose()
             code = await process.ended()
+            self.stats.crashes += 1
             failures = 0 if served else failures
             detail = f"{why}, {'signal' if code < 0 else 'exit code'} {abs(code)}"
             _log.error("%s: %s; it is started again", self._plan.title, detail)
-            self._crashed(detail)
+            self._on_event("worker_crashed", detail)
+            self._failed(f"its process ended too often, at last: {detail}")
             while self._process is None:
-                if failures:
-                    await asyncio.sleep(min(_FIRST_BACK_OFF_S * 2 ** (failures - 1), _MAX_BACK_OFF_S))
+                back_off_s = min(_FIRST_BACK_OFF_S * 2 ** (failures - 1), _MAX_BACK_OFF_S) if failures else 0.0
+                await asyncio.sleep(max(back_off_s, self._breaker.retry_after_s(time.monotonic())))
                 failures += 1
-                self.restarts += 1
+                self.stats.restarts += 1
                 try:
                     self._process = await self._start()
+                    self.stats.processes = 1
+                    self.stats.breaker = self._breaker.state(time.monotonic())
                 except ModelLoadError as error:
                     _log.error("%s could not be started again: %s", self._plan.title, error.message)
+                    self._failed(f"its process did not start again: {error.message}")
+
+    def _failed(self, why: str) -> None:
+        now = time.monotonic()
+        if self._breaker.failed(now):
+            wait_s = self._breaker.retry_after_s(now)
+            _log.error("%s: %s; the breaker is open for %.1f s", self._plan.title, why, wait_s)
+            self._on_event("breaker_opened", why)
+        self.stats.breaker = self._breaker.state(now)
+
+    def _heard(self, piece: Piece | Failure) -> bool:
+        """Look at what became of a request; whether its answer came to its end."""
+        ended = isinstance(piece, Piece) and piece.finish is not None
+        if piece.number == self._trial and (ended or isinstance(piece, Failure)):
+            self._trial = None
+        if ended and self._breaker.succeeded(time.monotonic()):
+            self.stats.breaker = "closed"
+            _log.info("%s: an answer was complete, the breaker closed", self._plan.title)
+            self._on_event("breaker_closed", "an answer was complete")
+        return ended
 
     async def _listen(self, process: _Process) -> bool:
         """Pass on what it says until it is gone; whether any answer came to its end.
@@ -250,7 +312,8 @@ class ProcessLink:
             except asyncio.IncompleteReadError:
                 return served
             report = read_report(raw, generator.vocabulary_size)
-            served = served or any(isinstance(piece, Piece) and piece.finish is not None for piece in report.pieces)
+            for piece in report.pieces:
+                served = self._heard(piece) or served
             generator.take(report)
 
 

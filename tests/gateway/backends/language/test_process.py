@@ -13,10 +13,19 @@ import pytest
 
 from inferway_gateway.backends.language.generator import Generator
 from inferway_gateway.backends.language.process import ProcessLink
-from inferway_gateway.core.errors import ModelExecutionError, ModelLoadError, ModelNotReadyError, WorkerCrashedError
+from inferway_gateway.backends.worker import breaker
+from inferway_gateway.core.errors import (
+    ModelExecutionError,
+    ModelFailingError,
+    ModelLoadError,
+    ModelNotReadyError,
+    WorkerCrashedError,
+)
 from inferway_gateway.core.generation import Constraint, GenerationParameterError, Sampling
 
 from .conftest import OpenModel, ask, folder_of, until
+
+PROMPT = (5, 17, 40)
 
 
 def link_of(generator: Generator) -> ProcessLink:
@@ -69,6 +78,62 @@ async def test_a_process_that_dies_ends_its_streams_and_is_started_again(
     assert link_of(generator).pid != first
     assert (await ask(generator)).tokens == expected.tokens
     assert events == ["worker_crashed"]
+
+
+@pytest.mark.slow
+async def test_a_process_that_dies_again_and_again_is_left_alone_for_a_while(
+    open_isolated: OpenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breaker, "OPEN_S", 1.5)
+    events: list[str] = []
+    executor = await open_isolated(events=events)
+    generator, link = executor.generator, link_of(executor.generator)
+    expected = await ask(generator, PROMPT)
+
+    async def kill() -> None:
+        await until(lambda: link.pid is not None)
+        assert link.pid is not None
+        os.kill(link.pid, signal.SIGKILL)
+        await until(lambda: link.pid is None)
+
+    for _ in range(3):
+        assert link.stats.breaker == "closed"
+        await kill()
+    await until(lambda: link.stats.breaker == "open")
+    with pytest.raises(ModelFailingError) as caught:
+        await ask(generator, PROMPT)
+    assert caught.value.retry_after_s is not None
+    assert 0 < caught.value.retry_after_s <= 1.5
+    assert "held back" in (executor.problem() or "")
+    assert link.pid is None  # nor is it started meanwhile
+
+    await until(lambda: executor.problem() is None)
+    assert link.stats.breaker == "half_open"
+    trial = asyncio.create_task(ask(generator, PROMPT, max_tokens=1900, ignore_end=True))
+    await until(lambda: generator.stats.running == 1)
+    with pytest.raises(ModelFailingError):
+        await ask(generator, PROMPT)  # one at a time
+    await kill()
+    assert isinstance((await asyncio.gather(trial, return_exceptions=True))[0], WorkerCrashedError)
+    await until(lambda: link.stats.breaker == "open")
+
+    await until(lambda: executor.problem() is None)
+    left = asyncio.create_task(ask(generator, PROMPT, max_tokens=1900, ignore_end=True))
+    await until(lambda: generator.stats.running == 1)
+    left.cancel()
+    await asyncio.wait((left,))
+    assert (await ask(generator, PROMPT)).tokens == expected.tokens  # who leaves makes room for the next trial
+    assert link.stats.breaker == "closed"
+    both = await asyncio.gather(ask(generator, PROMPT), ask(generator, PROMPT))
+    assert [whole.tokens for whole in both] == [expected.tokens] * 2
+    assert [event for event in events if event != "worker_crashed"] == [
+        "breaker_opened",
+        "breaker_opened",
+        "breaker_closed",
+    ]
+    assert events.count("worker_crashed") == link.stats.crashes == 4
+    assert link.stats.processes == 1
+    assert link.resident_bytes > 1 << 20
 
 
 async def test_a_process_ends_with_its_model(open_isolated: OpenModel) -> None:
