@@ -126,7 +126,9 @@ class Preprocessing:
         if self.columns:
             import pandas
 
-            example: Any = pandas.DataFrame({name: array[:, 0] for name, array in arrays.items()})
+            # Exporting holds the graph against rows of its own, where an empty text would be None again; whether missing
+            # texts come through is seen when the whole graph is held against the model.
+            example: Any = pandas.DataFrame({name: _present(array[:, 0]) for name, array in arrays.items()})
         else:
             example = arrays[ONLY]
         proto = to_onnx(served, example).proto
@@ -310,6 +312,14 @@ def _texts(column: Any) -> NDArray[Any]:
     values[missing] = np.nan
     values[np.array([isinstance(value, str) and not value for value in values], bool)] = np.nan
     return np.asarray(values, object)
+
+
+def _present(values: NDArray[Any]) -> NDArray[Any]:
+    """A column with some text in the place of one that is empty."""
+    if values.dtype.kind != "O":
+        return values
+    some = next((value for value in values if value), "text")
+    return np.array([value or some for value in values], object)
 
 
 def _dense(made: Any) -> NDArray[np.float32]:
