@@ -73,9 +73,9 @@ def fit(
         staleness: steps, from 0; only of ssp.
         address: of a Ray cluster, see `ray_session.connect`; None: a local Ray, for this training only. Inferway and
             the framework have to be installed on its machines, in the same versions.
-        overlap: async, and ssp with a staleness of 1 or more: exchange a step's gradient while the next one is computed.
-            Worth it where an exchange takes as long as a computation; every gradient is a step older then, which costs
-            accuracy, or wants a lower learning rate or momentum. Sync never waits longer than for its own exchange.
+        overlap: async, and ssp with a staleness of 1 or more: exchange a step's gradient while the next one is
+            computed. Worth it where an exchange takes as long as a computation; every gradient is a step older then,
+            which costs accuracy, or wants a lower learning rate or momentum.
         compression: of gradients: ``fp16``, or ``topk`` with the ``fraction`` of the values that is sent in a step.
         restarts: how often in a row processes may die without a new checkpoint having come about.
         resources_timeout_s: how long to wait for the processors of all processes.
