@@ -18,6 +18,7 @@ from typing import Final
 from .language import frames
 
 START_LIMIT_S: Final = 30.0
+CPU_LIMIT_S: Final = 60
 
 
 class Program:
@@ -92,8 +93,15 @@ class Program:
 
 
 def questions(stream: socket.socket) -> Iterator[bytes]:
-    """In the program: what it is asked, until the gateway is gone."""
+    """In the program: what it is asked, until the gateway is gone.
+
+    Each question has a processor's time, after which the kernel ends the program: a gateway that was killed cannot.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
     while (asked := frames.receive(stream)) is not None:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        granted = int(usage.ru_utime + usage.ru_stime) + CPU_LIMIT_S
+        resource.setrlimit(resource.RLIMIT_CPU, (granted, most))
         yield asked
 
 

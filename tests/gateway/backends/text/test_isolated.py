@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import text_models
 from inferway_gateway.backends.language.text import Vocabulary
+from inferway_gateway.backends.programs import CPU_LIMIT_S
 from inferway_gateway.backends.text.isolated import IsolatedTokenizer
 from inferway_gateway.backends.text.tokenizer import LoadedTokenizer, MarkingTokenizer, TokenizerError
 from inferway_gateway.core.errors import ModelExecutionError
@@ -98,3 +100,13 @@ def test_a_generators_vocabulary_comes_from_its_process() -> None:
     many = [{**document["added_tokens"][0], "id": i, "content": f"<{i}>"} for i in range(20_001)]
     with pytest.raises(TokenizerError, match="more than 20000 special tokens"):
         IsolatedTokenizer(as_bytes({**document, "added_tokens": many}), "generator", 50_000)
+
+
+def test_a_process_that_nobody_waits_for_any_more_is_ended_by_the_kernel(tokenizer: IsolatedTokenizer) -> None:
+    tokenizer.encode(["w1"])
+    child = tokenizer._idle.get()
+    tokenizer._idle.put(child)
+    assert child is not None
+    limits = Path(f"/proc/{child._process.pid}/limits").read_text().splitlines()
+    granted = next(line.split()[3] for line in limits if line.startswith("Max cpu time"))
+    assert CPU_LIMIT_S <= int(granted) <= CPU_LIMIT_S + 30
