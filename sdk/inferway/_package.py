@@ -20,7 +20,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -56,6 +56,8 @@ _TOO_LONG: Final = (
     "save_as_external_data=True, convert_attribute=True) and deploy the file"
 )
 _DEFINITIONS: Final = ("pipeline.toml", "remote.toml")
+_FOREIGN: Final = (".safetensors", ".gguf", "pytorch_model.bin")
+"""Ends of the names of weights that other frameworks save."""
 _BESIDE: Final = re.compile(r"[1-9][0-9]{0,18}")
 
 
@@ -315,6 +317,17 @@ def _facts(data: Any, what: str) -> OnnxFacts:
 # --- folders -----------------------------------------------------------------------------------------------------
 
 
+def _weights_of_others(files: Iterable[str]) -> str:
+    """What to do with the model of another framework that a folder holds."""
+    found = next((path for path in sorted(files) if path.endswith(_FOREIGN)), None)
+    if found is None:
+        return ""
+    return (
+        f"; {found} is exported to ONNX first, a language model with "
+        "python -m onnxruntime_genai.models.builder -i FOLDER -o OUT -p int4 -e cpu"
+    )
+
+
 def _of_folder(folder: Path, version: int | None) -> Package:
     files, left_out = _listed(folder, "")
     tops = {path.partition("/")[0] for path in files if "/" in path}
@@ -332,6 +345,7 @@ def _of_folder(folder: Path, version: int | None) -> Package:
     if not any(_is_definition(path) for path in files):
         raise ConfigurationError(
             f"{folder} holds no model: expected {MODEL_FILE}, one other .onnx file, {' or '.join(_DEFINITIONS)}"
+            f"{_weights_of_others(files)}"
         )
     signature, named = _models_in(files)
     for path, file in files.items():

@@ -180,6 +180,14 @@ def test_a_folder_without_a_model_says_what_was_expected(tmp_path: Path) -> None
         pack(tmp_path)
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
+def test_a_folder_of_transformers_says_how_it_becomes_a_model(tmp_path: Path, weights: str) -> None:
+    for name in ("config.json", "tokenizer.json", weights):
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(ConfigurationError, match=rf"holds no model.*{weights} is exported.*models\.builder -i"):
+        pack(tmp_path)
+
+
 def test_a_link_within_the_folder_is_followed_and_one_out_of_it_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", model_dot_onnx=models.add_one())
     (folder / "same.txt").symlink_to("model.onnx")

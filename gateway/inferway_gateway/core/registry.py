@@ -538,14 +538,17 @@ class Registry:
         model.choose_latest()
         profile = served.profile
         how = "inline" if profile.inline_max_elements else "on runner threads"
-        logger.info(
-            "'%s' version %d is ready in %.2f s (%s, %s)",
-            model.name,
-            version,
-            profile.load_s,
-            profile.row_exactness,
-            how if session is not None else f"by {artifact.path.name}",
-        )
+        if session is None:
+            logger.info("'%s' version %d is ready (by %s)", model.name, version, artifact.path.name)
+        else:
+            logger.info(
+                "'%s' version %d is ready in %.2f s (%s, %s)",
+                model.name,
+                version,
+                profile.load_s,
+                profile.row_exactness,
+                how,
+            )
         if old is not None:
             await self._dispose(old)
         return None
