@@ -155,6 +155,14 @@ def test_what_is_wrong_is_a_400_that_names_the_field(
     assert answer["error"]["message"]
 
 
+@pytest.mark.parametrize("route", ["embeddings", "rerank"])
+def test_an_encoder_has_no_adapters(texts: LiveGateway, route: str) -> None:
+    body = {"input": "w1"} if route == "embeddings" else {"query": "w1", "documents": ["w2"]}
+    status, answer, _ = post(texts, route, model="embed:other", **body)
+    assert status == 404
+    assert "no adapter 'other'" in answer["error"]["message"]
+
+
 def test_a_megabyte_of_text_is_refused_and_nothing_else_waits_for_it(texts: LiveGateway) -> None:
     status, answer, _ = post(texts, "embeddings", model="embed", input="w1 " * 330_000)
     assert status == 400

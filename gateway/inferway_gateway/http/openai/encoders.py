@@ -23,7 +23,7 @@ from ...core.served import ServedVersion
 from ..callers import while_there
 from ..routing import header_fields
 from .reading import read
-from .targets import answered, granted_s, parse_reference
+from .targets import answered, check_adapter, granted_s, parse_reference
 from .tracing import Span, code_of
 
 _Result = TypeVar("_Result")
@@ -122,18 +122,20 @@ async def _by_encoder(
 ) -> tuple[ServedVersion, _Result]:
     """What an encoder says, and which one it was."""
     scope = request.scope
+    reference = parse_reference(model)
 
     async def attempt(served: ServedVersion) -> tuple[ServedVersion, _Result]:
         encoder = encoder_of(served)
         if encoder is None:
             raise InvalidParameterError(f"expected a model that gives {what}, '{served.name}' does not", "model")
+        check_adapter(reference, ())
         left = granted_s(scope, started)
         deadline = None if left == math.inf else asyncio.get_running_loop().time() + left
         result = await while_there(scope, request.receive, work(encoder, deadline))
         served.stats.finished(perf_counter() - started, None)
         return served, result
 
-    return await answered(scope, parse_reference(model), attempt, started=started)
+    return await answered(scope, reference, attempt, started=started)
 
 
 def encoder_of(served: ServedVersion) -> TextEncoder | None:
