@@ -9,7 +9,9 @@ from typing import Any, Final
 from .._errors import BuildError, ExportError, InferwayError, UnknownFrameworkError
 from .._tensors import Array, quoted_names
 from .example import Arrays
+from .export_boosters import catboost_source, lightgbm_source, xgboost_source
 from .export_keras import keras_source
+from .export_onnx import load_onnx
 from .export_sklearn import sklearn_source
 from .export_torch import torch_source
 from .graph import cast_outputs, reshape_outputs
@@ -26,8 +28,9 @@ _MAKERS: Final[dict[str, Callable[[Any, object, Wishes], Source]]] = {
     "keras": keras_source,
     "torch": torch_source,
     "sklearn": sklearn_source,
-    "xgboost": partial(sklearn_source, framework="xgboost"),
-    "lightgbm": partial(sklearn_source, framework="lightgbm"),
+    "xgboost": xgboost_source,
+    "lightgbm": lightgbm_source,
+    "catboost": catboost_source,
 }
 _EXAMPLE_ROWS: Final = 8
 """Rows of the example that are kept with the model."""
@@ -74,6 +77,8 @@ def to_onnx(
     ort()
     wishes = Wishes(dynamic, input_names, output_names, opset, method)
     with undisturbed():
+        if family == "onnx":
+            return load_onnx(model, example, wishes)
         source = _MAKERS[family](model, example, wishes)
         axes = axes_of(source.inputs, dynamic)
         runs, skipped = _source_runs(source, axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import re
@@ -253,18 +254,28 @@ def ways(convert: Convert, inputs: Arrays, apart: bool) -> list[Callable[[], Any
         apart: the model takes columns by name, so that each stays an input of the conversion.
     """
 
-    def direct() -> Any:
-        return convert(inputs)[0]
+    def typed(numbers: Callable[[Array], Array]) -> Callable[[], Any]:
+        """Columns stay apart and keep their types; some are cast before anything else."""
 
-    def narrowed() -> Any:
-        """Inputs keep their types, and are made float32 before anything else."""
-        given = {name: _as_float32(array) for name, array in inputs.items()}
-        proto, _ = convert(given)
-        cast_each(proto, inputs)
-        return proto
+        def make() -> Any:
+            given = {name: array if array.dtype.kind == "O" else numbers(array) for name, array in inputs.items()}
+            proto, _ = convert(given)
+            cast_each(proto, inputs)
+            return proto
+
+        return make
 
     if apart or any(array.dtype.kind == "O" for array in inputs.values()):
-        return [direct, narrowed] if any(_wide(array) for array in inputs.values()) else [direct]
+        kinds = {array.dtype.name for array in inputs.values() if array.dtype.kind != "O"}
+        found = [typed(lambda array: array)]
+        if len(kinds) > 1:
+            # An imputer or a scaler over columns of several types wants them of one.
+            found.append(typed(lambda array: array.astype(np.float64)))
+        if "float64" in kinds:
+            found.append(typed(lambda array: array.astype(np.float32) if array.dtype == np.float64 else array))
+        if kinds - {"float32"}:
+            found.append(typed(lambda array: array.astype(np.float32)))
+        return found
     joined = np.concatenate([array[:2] for array in inputs.values()], axis=1) if len(inputs) > 1 else None
     whole = next(iter(inputs.values())) if joined is None else joined
     inner = next(iter(inputs)) if joined is None else INNER
@@ -288,14 +299,6 @@ def ways(convert: Convert, inputs: Arrays, apart: bool) -> list[Callable[[], Any
     if whole.dtype == np.float64:
         return [matrix(np.float32, True), matrix(np.float64, False), matrix(np.float32, False)]
     return [matrix(whole.dtype, False), matrix(np.float32, False)]
-
-
-def _wide(array: Array) -> bool:
-    return array.dtype.kind in "biuf" and array.dtype != np.float32
-
-
-def _as_float32(array: Array) -> Array:
-    return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def cast_each(proto: Any, inputs: Arrays) -> None:
@@ -352,17 +355,22 @@ def convert_estimator(
     failure: Exception | None = None
     for options in wanted:
         try:
-            with exact_thresholds(ModelComponentContainer) as thresholds, unnamed_features([p for _, p in parts]):
+            with (
+                exact_thresholds(ModelComponentContainer) as thresholds,
+                unnamed_features([part for _, part in parts]),
+                _plain_votes([part for _, part in parts]),
+            ):
                 proto = skl2onnx.convert_sklearn(
                     model, initial_types=types, options={id(model): options} if options else None,
                     target_opset={**OPSETS, **({"": opset} if opset else {})},
                 )  # fmt: skip
         except NameError as error:  # an option that this estimator does not have
-            failure = failure or error
+            failure = error
             continue
         except Exception as error:
             failure = error
             break
+        _localized(proto)
         given = [value.name for value in proto.graph.output]
         if len(given) < len(outputs):
             raise ExportError(f"{what} has {len(outputs)} outputs, and its graph has {len(given)}")
@@ -375,13 +383,39 @@ def convert_estimator(
     raise _refused(failure, parts, what) from failure
 
 
+@contextlib.contextmanager
+def _plain_votes(parts: Sequence[Any]) -> Iterator[None]:
+    """Voting classifiers with ``flatten_transform=False``, which matters to ``transform`` alone and which the converter
+    wants."""
+    changed = [part for part in parts if type(part).__name__ == "VotingClassifier" and part.flatten_transform]
+    try:
+        for part in changed:
+            part.flatten_transform = False
+        yield
+    finally:
+        for part in changed:
+            part.flatten_transform = True
+
+
+def _localized(proto: Any) -> None:
+    """Lower case as in every locale: the converter's ``en_US`` is on few servers, and ONNX Runtime wants it there."""
+    for node in proto.graph.node:
+        if node.op_type == "StringNormalizer":
+            kept = [attribute for attribute in node.attribute if attribute.name != "locale"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            node.attribute.add(name="locale", type=3, s=b"C.UTF-8")
+
+
 def _refused(error: Exception, parts: Sequence[tuple[str, Any]], what: str) -> ExportError:
     text = first_line(error)
     named = re.search(r"for type '<class '([\w.]+)'>'", str(error)) or re.search(r"\b(?:Sklearn)(\w+)\b", str(error))
     operator = where = None
     if named:
         operator = named[1].rpartition(".")[2]
-        where = next((path for path, part in parts if type(part).__name__ == operator and path), None)
+    else:
+        operator = next((kind for kind in (type(part).__name__ for _, part in parts[1:]) if kind in str(error)), None)
+    where = next((path for path, part in parts if type(part).__name__ == operator and path), None)
     step = f"; it is the step '{where}'" if where else ""
     if "Unable to find a shape calculator" in str(error) or "Unable to find a converter" in str(error):
         return ExportError(

@@ -13,8 +13,8 @@ from .._tensors import Array
 
 MESSAGE_LIMIT_BYTES: Final = 2**31 - 1
 """No protobuf message is longer; a larger model keeps its weights in another file."""
-_QUIET: Final = 3
-"""ONNX Runtime's severity of errors."""
+_QUIET: Final = 4
+"""ONNX Runtime's severity of what ends a process; all else is raised as an exception, too."""
 _ELEMENT_BYTES: Final = {2: 1, 3: 1, 4: 2, 5: 2, 7: 8, 9: 1, 10: 2, 11: 8, 13: 8, 16: 2}
 
 
@@ -87,4 +87,6 @@ def save(proto: Any, path: Path) -> None:
 def run(session: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Output name to array."""
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    options = ort().RunOptions()
+    options.log_severity_level = _QUIET
+    return dict(zip(names, session.run(names, dict(feeds), options), strict=True))
