@@ -1,7 +1,8 @@
 """The command line: arguments to settings, settings to a running gateway.
 
 ``inferway serve`` and ``inferway keys`` need the extra ``[gateway]``; without it they say so and how to get it.
-``inferway deploy``, ``inferway models`` and ``inferway chat`` are a client's commands and work without it.
+``inferway deploy``, ``inferway models`` and ``inferway chat`` are a client's commands and work without it, as does
+``inferway optimize``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from . import __version__, cli_chat, cli_models
+from . import __version__, cli_chat, cli_models, cli_optimize
 
 if TYPE_CHECKING:
     from .front.hub import Hub
@@ -103,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = _parser()
     cli_models.add_parser(commands)
     cli_chat.add_parser(commands)
-    if not arguments or arguments[0] not in cli_models.COMMANDS | cli_chat.COMMANDS:
+    cli_optimize.add_parser(commands)
+    if not arguments or arguments[0] not in cli_models.COMMANDS | cli_chat.COMMANDS | cli_optimize.COMMANDS:
         # A client's commands wait for none of this, and work where the gateway's extra is not installed.
         missing = _add_operators(commands)
         if missing is not None and arguments and arguments[0] in _OPERATORS:

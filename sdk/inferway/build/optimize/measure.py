@@ -70,16 +70,21 @@ class Runner:
     """A model in ONNX Runtime, set up as the gateway sets it up: one session, no spinning.
 
     Attributes:
-        options: what was set differently from ONNX Runtime's defaults, as the gateway's trial at loading would.
+        threads: of a run.
+        disabled: optimisations of ONNX Runtime that are left out.
+        names: of the outputs.
     """
 
-    def __init__(self, proto: Any, threads: int, disabled: Sequence[str] = ()) -> None:
+    def __init__(self, proto: Any, threads: int, disabled: Sequence[str] = (), *, plain: bool = False) -> None:
         runtime = ort()
         options = runtime.SessionOptions()
+        if plain:
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # what fails is raised too
+        self.threads = threads
         self.disabled = tuple(disabled)
         self._session = runtime.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)

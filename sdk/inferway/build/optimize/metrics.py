@@ -290,5 +290,5 @@ def _sklearn() -> Any:
     try:
         from sklearn import metrics
     except ImportError as error:
-        raise MissingExtraError("scikit-learn", "export", "the metrics f1 and auc") from error
+        raise MissingExtraError("scikit-learn", "optimize", "the metrics f1 and auc") from error
     return metrics

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..._errors import MissingExtraError
+from .words import duration_text, size_text
 
 if TYPE_CHECKING:
     from .report import Candidate, OptimizationReport
@@ -28,7 +29,6 @@ def draw(report: OptimizationReport, path: str | None = None) -> Any:
         from matplotlib.ticker import FuncFormatter
     except ImportError as error:
         raise MissingExtraError("matplotlib", "optimize", "the plot of a report") from error
-    from .report import duration_text
 
     figure = Figure(figsize=(8.5, 5.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever backend the program uses
@@ -114,8 +114,6 @@ def _label(
 ) -> None:
     """Put each name beside its point, in the first place where it covers no other name and no point's middle."""
     from matplotlib.transforms import Bbox
-
-    from .report import size_text
 
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()

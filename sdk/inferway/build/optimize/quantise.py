@@ -25,6 +25,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from ..._tensors import cast_to
 from ..quiet import undisturbed
 from ..runtime import onnx_module, open_session, ort
 from .data import Array, Rows
@@ -41,6 +42,7 @@ _EQUALISE: Final = 0.8
 """The exponent ``a``. MiniLM's embeddings: cosine 0.989 without, 0.9974 at 0.7, 0.9979 at 0.8 and at 0.9 (2026-11)."""
 _LARGEST_SHIFT: Final = 1e3
 _TABLE_BYTES: Final = 1 << 20
+_LARGEST: Final = {"fp16": 65504.0, "bf16": 3.38e38}
 _WORTH_BYTES: Final = 1024
 """Initialisers that are shorter stay as they are: shapes, scalars, biases."""
 
@@ -267,8 +269,6 @@ def stored_half(proto: Any, kind: Literal["fp16", "bf16"]) -> Any:
     Raises:
         ValueError: a constant is too large for FP16, or none is long enough.
     """
-    import ml_dtypes
-
     onnx = onnx_module()
     fresh = copied(proto)
     graph = fresh.graph
@@ -281,9 +281,9 @@ def stored_half(proto: Any, kind: Literal["fp16", "bf16"]) -> Any:
         values = onnx.numpy_helper.to_array(tensor)
         if values.nbytes < _WORTH_BYTES:
             continue
-        half = values.astype(np.float16 if kind == "fp16" else ml_dtypes.bfloat16)
-        if np.isfinite(values).all() and not np.isfinite(half.astype(np.float32)).all():
+        if np.abs(values).max(initial=0) > _LARGEST[kind]:
             raise ValueError(f"the constant '{tensor.name}' has numbers that are too large for {kind}")
+        half = cast_to(values, kind.upper(), f"the constant '{tensor.name}'")
         name = f"{tensor.name}_{kind}"
         casts.append(
             onnx.helper.make_node("Cast", [name], [tensor.name], name=f"{name}_{number}", to=onnx.TensorProto.FLOAT)

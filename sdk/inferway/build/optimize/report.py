@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..._package import Offer
 from ..example import Arrays
 from .measure import Timing
+from .plot import draw
+from .words import duration_text, size_text
 
 if TYPE_CHECKING:
     from ..model import OnnxModel
@@ -191,15 +193,16 @@ class OptimizationReport:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        from .plot import draw
-
         return draw(self, path)
 
     def __str__(self) -> str:
         parts = [f"{'Chosen: ' + self.chosen.name if self.changed else 'No change'}: {self.reason}", "", self.table()]
         differing = [c for c in self.measured if c.differences and c is not self.original]
         if differing:
-            parts += ["", "Difference to the original's outputs on the held-out rows:"]
+            parts += [
+                "",
+                "Difference to the original's outputs on the held-out rows (in percent of their mean absolute value):",
+            ]
             wide = max(len(c.name) for c in differing)
             for candidate in differing:
                 for number, difference in enumerate(candidate.differences):
@@ -244,9 +247,7 @@ class OptimizationReport:
     def __inferway_source__(self) -> Offer:
         """What ``client.models.deploy`` takes in its place.
 
-        The chosen model, what is known of it, and some held-out rows with its own outputs as golden examples. They are
-        compared with twice the room that the optimisation itself took, because rounding of integers may fall to the
-        other side on another processor.
+        The chosen model, what is known of it, and some held-out rows with its own outputs as golden examples.
         """
         offer = self.model.__inferway_source__()
         if not self.changed:
@@ -294,28 +295,17 @@ class OptimizationReport:
             "rounds in turn; ≈ marks what is within the noise. * chosen, + on the Pareto front of metric, latency and "
             "size.",
         ]
+        noted: dict[str, list[str]] = {}
         for candidate in self.measured:
-            facts += [f"{candidate.name}: {note}." for note in candidate.notes]
+            for note in candidate.notes:
+                noted.setdefault(note, []).append(candidate.name)
+        facts += [f"{', '.join(names)}: {note}." for note, names in noted.items()]
         return [*facts, *self.notes]
 
 
 def _label(name: str) -> str:
     """A technique's name as a label's value may be written."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
-
-
-def size_text(size: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            value = size / factor
-            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
-    return f"{size} B"
-
-
-def duration_text(seconds: float) -> str:
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} µs" if seconds >= 1e-5 else f"{seconds * 1e6:.1f} µs"
-    return f"{seconds * 1e3:.1f} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
 
 
 def sure_text(timing: Timing) -> str:
