@@ -18,10 +18,16 @@ EXAMPLES: Final = ROOT / "examples"
 START_TIMEOUT_S: Final = 180
 RUN_TIMEOUT_S: Final = 120
 
+ALONE: Final = {"INFERWAY_BASE_URL": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+"""Without a gateway that is configured."""
+TENSORFLOW_NOISE: Final = r"^(WARNING: All log messages before|[IWE]0000 |To enable the following).*\n"
+"""Keras imports TensorFlow where it is installed, on whichever backend it runs."""
+
 pytestmark = pytest.mark.xdist_group("examples")
 
 
-def run(name: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
+def run(name: str, *arguments: str, environment: dict[str, str] | None = None, noise: str | None = None) -> str:
+    """What an example printed. ``noise``: lines of the standard error that are a library's."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         env={**os.environ, **(environment or {})},
@@ -31,7 +37,7 @@ def run(name: str, *arguments: str, environment: dict[str, str] | None = None) -
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
-    assert done.stderr == ""
+    assert (done.stderr if noise is None else re.sub(noise, "", done.stderr, flags=re.MULTILINE)) == ""
     return done.stdout
 
 
@@ -172,3 +178,38 @@ def test_the_openai_package_speaks_to_the_gateway(environment: dict[str, str]) -
     alike = re.search(r"alike: ([\d.]+)", printed)
     assert alike is not None
     assert float(alike[1]) > 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_a_keras_model_is_trained_optimised_deployed_and_called() -> None:
+    check_the_way(run("train_optimize_deploy.py", "--rows", "2000", environment=ALONE, noise=TENSORFLOW_NOISE), "torch")
+
+
+@pytest.mark.slow
+@pytest.mark.tensorflow
+def test_the_same_way_leads_from_keras_on_tensorflow() -> None:
+    environment = {**ALONE, "KERAS_BACKEND": "tensorflow"}
+    printed = run("train_optimize_deploy.py", "--rows", "2000", environment=environment, noise=TENSORFLOW_NOISE)
+    check_the_way(printed, "tensorflow")
+
+
+def check_the_way(printed: str, backend: str) -> None:
+    """What the founding example promises: it learns, is optimised, deployed, and answers as Keras does."""
+    assert f"on {backend}, 2000 rows of 1000 numbers" in printed
+    assert re.search(r"loss +[\d.]+ █[▁▂▃▄▅▆▇█]{9}", printed)
+    assert re.search(r"^. static int8", printed, re.MULTILINE)
+    assert "sequential version 1: succeeded" in printed
+    same = re.search(r"500 rows went through the gateway and ([\d.]+)% of them", printed)
+    assert same is not None
+    assert float(same[1]) > 80  # a pruned model that was trained further decides some rows otherwise
+    served = re.search(r"([\d.]+) to the optimised model run here", printed)
+    assert served is not None
+    assert float(served[1]) < 1e-4
+    accuracy = re.search(r"Keras ([\d.]+), deployed ([\d.]+)", printed)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.7
+    assert float(accuracy[2]) >= float(accuracy[1]) - 0.02
+    rows = re.findall(r"^(before|after).*? (\d+) kB +[\d.]+ µs +[\d.]+ µs +([\d.]+)$", printed, re.MULTILINE)
+    assert [row[0] for row in rows] == ["before", "after"]
+    assert float(rows[1][2]) >= float(rows[0][2]) - 0.01

@@ -126,8 +126,8 @@ class Preprocessing:
         if self.columns:
             import pandas
 
-            # Exporting holds the graph against rows of its own, where an empty text would be None again; whether missing
-            # texts come through is seen when the whole graph is held against the model.
+            # Exporting holds the graph against rows of its own, where an empty text would be None again. Whether
+            # missing texts come through is seen when the whole graph is held against the model.
             example: Any = pandas.DataFrame({name: _present(array[:, 0]) for name, array in arrays.items()})
         else:
             example = arrays[ONLY]
