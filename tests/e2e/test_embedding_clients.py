@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import tiktoken
 from langchain_openai import OpenAIEmbeddings
 from numpy.testing import assert_allclose
 
@@ -94,3 +95,20 @@ def test_langchain_embeds_documents_and_queries(texts: LiveGateway) -> None:
     assert_allclose(embeddings.embed_documents(["w1", "w2 w3"]), [mean(1), mean(2, 3)], atol=1e-6)
     assert_allclose(embeddings.embed_query("w4"), mean(4), atol=1e-6)
     assert np.asarray(embeddings.embed_documents([f"w{n % 90}" for n in range(1500)])).shape == (1500, 8)
+
+
+def test_langchain_left_to_itself_is_told_why_its_token_ids_do_not_fit(
+    texts: LiveGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It downloads a tokenizer of OpenAI's and sends its ids; here is one of the same kind that needs no download.
+    words = {bytes([byte]): 100_000 + byte for byte in range(256)}
+    encoding = tiktoken.Encoding("cl100k_base", pat_str=r"\w+|\W", mergeable_ranks=words, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: encoding)
+    embeddings = OpenAIEmbeddings(
+        model="embed",
+        base_url=f"{texts.url}/v1",
+        api_key=texts.make_key("infer"),  # type: ignore[arg-type]  # it makes a SecretStr of it
+    )
+    with pytest.raises(openai.BadRequestError, match="ids are those of the model's own tokenizer") as bad:
+        embeddings.embed_query("w4")
+    assert bad.value.param == "input[0]"

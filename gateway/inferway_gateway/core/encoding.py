@@ -596,7 +596,8 @@ def _check_range(ids: Sequence[int], vocabulary: int, param: str) -> None:
     if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
         position, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocabulary)
         raise InvalidParameterError(
-            f"expected token ids from 0 to {vocabulary - 1} in '{param}', got {str(token)[:24]} at position {position}",
+            f"expected token ids from 0 to {vocabulary - 1} in '{param}', got {str(token)[:24]} at position {position}"
+            "; ids are those of the model's own tokenizer, a client that counts with another one sends texts instead",
             param,
         )
 
