@@ -885,6 +885,7 @@ class GenerationOptions(Lenient):
     guided_choice: Annotated[list[StrictStr], Field(min_length=1)] | None = None
     guided_grammar: Annotated[StrictStr, Field(min_length=1)] | None = None
     ignore_eos: StrictBool | None = None
+    priority: Annotated[int, Field(ge=0, le=1_000_000), _WHOLE] | None = None
     user: StrictStr | None = None
 
 

@@ -37,6 +37,7 @@ class GenerationParameters(RequestOptions, total=False):
         logit_bias: token id to what is added to its logit.
         guided_json, guided_regex, guided_choice, guided_grammar: a JSON schema, a regular expression, texts, or a Lark
             grammar that the answer follows.
+        priority: which waiting request gets the next place; 1 is first, and one that says nothing last.
         extra_body: further members of the request, for servers that know more.
     """
 
@@ -56,6 +57,7 @@ class GenerationParameters(RequestOptions, total=False):
     guided_regex: str | None
     guided_choice: Sequence[str] | None
     guided_grammar: str | None
+    priority: int | None
     user: str | None
     extra_body: Mapping[str, Any] | None
 

@@ -126,10 +126,12 @@ async def test_what_is_said_reaches_the_generator() -> None:
         **HELLO, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "presence_penalty": 1, "seed": -1,
         "frequency_penalty": -1, "repetition_penalty": 1.1, "logit_bias": {"5": -100}, "max_tokens": 9,
         "max_completion_tokens": 7, "stop": "END", "user": "u", "unknown": {"a": 1}, "n": None, "tools": None,
-        "response_format": {"type": "text"}, "stream_options": None, "metadata": {}, "store": False,
+        "response_format": {"type": "text"}, "stream_options": None, "metadata": {}, "store": False, "priority": 3,
     }  # fmt: skip
     async with serving({"m": generator}) as client:
         assert (await client.post(CHAT, json=body)).status_code == 200
+        assert (await client.post(PLAIN, json={"model": "m", "prompt": "x", "priority": 1})).status_code == 200
+    assert [asked.priority for asked in generator.asked] == [3, 1]
     asked = generator.asked[0]
     s = asked.sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.presence_penalty) == (0.5, 0.9, 0, 0.1, 1)
@@ -206,6 +208,7 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"stream": "yes"}, "stream"),
+    ({"priority": -1}, "priority"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
