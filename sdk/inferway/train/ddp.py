@@ -36,7 +36,6 @@ from numpy.typing import NDArray
 
 from .._errors import (
     ConfigurationError,
-    InferwayError,
     InsufficientResourcesError,
     TrainingDivergedError,
     TrainingError,
@@ -56,6 +55,8 @@ START_S: Final = 300.0
 """How long workers may take to start where there is room for them; a busy machine took a minute."""
 ALIVE_S: Final = 2.0
 """How often the first worker says that it lives, however long a step is."""
+END_S: Final = 60.0
+"""How long Ray Train may take to end."""
 GLOO_TIMEOUT_S: Final = 1800
 """How long a worker waits for another one, such as for the first of them to evaluate."""
 
@@ -70,19 +71,20 @@ def fit(
     *,
     workers: int,
     address: str | None = None,
-    resources: Mapping[str, float] | None = None,
+    cpus_per_worker: float = 1.0,
     resources_timeout_s: float = 60.0,
-    max_restarts: int = 3,
+    restarts: int = 3,
 ) -> TrainingResult:
     """Train with workers that hold all parameters each and sum their gradients; equals one process up to rounding.
 
     Args:
         job: its ``batch_size`` is of all workers together. Each of them gets all rows once, by Ray's object store.
-        workers: how many; each is a process of one thread unless ``resources`` say more ``CPU``.
-        address: as of `ray_session.connect`.
-        resources: of each worker, by Ray's names. None: one ``CPU``.
+        workers: how many.
+        address: of a Ray cluster, see `ray_session.connect`; None: a local Ray, for this training only. Inferway and
+            the framework have to be installed on its machines, in the same versions.
+        cpus_per_worker: processors that each takes; a worker computes on so many threads.
         resources_timeout_s: how long to wait for the resources, at the beginning and whenever a machine is lost.
-        max_restarts: how often workers that died are started again, from the newest state.
+        restarts: how often workers that died are started again, from the newest state.
     Returns:
         The result; ``facts`` has ``workers``, ``restarts``, ``bytes_per_step`` (sent by each worker, as of a ring),
         ``cpu_s`` of all workers, and of the slowest the seconds by what it did: ``compute_s``, ``communicate_s``,
@@ -92,16 +94,17 @@ def fit(
         MissingExtraError: Ray or PyTorch is not installed.
         InsufficientResourcesError: the resources did not come in time, or went and did not come back.
         TrainingDivergedError: a loss or a gradient is no number; names step and worker.
-        TrainingError: a worker failed, or died once too often; names the worker and what it said.
+        TrainingError: workers died once too often, or did not start.
+        Exception: what the user's own code, such as the loss, raised in a worker, with a note where.
     """
     if workers < 1:
         raise ConfigurationError(f"at least 1 worker is needed, not {workers}")
-    wanted = dict(resources or {"CPU": 1.0})
+    wanted = {"CPU": cpus_per_worker}
     began = time.monotonic()
-    with ray_session.connect(address, cpus=workers * wanted.get("CPU", 0.0)):
+    with ray_session.connect(address, cpus=workers * cpus_per_worker):
         with ray_session.reserve([wanted] * workers, timeout_s=resources_timeout_s):
             pass  # Ray Train reserves for itself; this was the question whether it can
-        return _Caller(job, workers, wanted, resources_timeout_s, max_restarts, began).run()
+        return _Caller(job, workers, wanted, resources_timeout_s, restarts, began).run()
 
 
 @dataclass
@@ -125,14 +128,14 @@ class _Caller:
         workers: int,
         resources: Mapping[str, float],
         resources_timeout_s: float,
-        max_restarts: int,
+        restarts: int,
         began: float,
     ) -> None:
         self._job = job
         self._workers = workers
         self._resources = dict(resources)
         self._resources_timeout_s = resources_timeout_s
-        self._max_restarts = max_restarts
+        self._restarts = restarts
         self._began = began
         self._heard = time.monotonic()
         self._attempts = 0
@@ -152,7 +155,8 @@ class _Caller:
                 runtime_env={
                     "env_vars": {
                         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
-                        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(5.0, self._resources_timeout_s)),
+                        # It cannot be told to stop while it waits for room; it then waits again, without limit.
+                        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
                         "RAY_TRAIN_METRICS_ENABLED": "0",
                         "RAY_CHDIR_TO_TRIAL_DIR": "0",
                     }
@@ -161,7 +165,7 @@ class _Caller:
             .remote(self._job.checkpoints)
         )
         job = ray.put(replace(self._job, on_progress=None))
-        ended = conductor.run.remote([job], self._workers, self._resources, self._max_restarts)
+        ended = conductor.run.remote([job], self._workers, self._resources, self._restarts)
         try:
             while self._result is None:
                 over = bool(ray.wait([ended], timeout=0)[0])
@@ -173,14 +177,16 @@ class _Caller:
                         f"the workers ended without a result: {why}" if why else "the workers fell silent"
                     )
                 self._watch()
-            # The workers have finished; Ray Train still takes its group down, and that is waited for.
-            ray.wait([ended], timeout=30)
             return self._result
         except ray.exceptions.RayActorError as error:
             raise TrainingError(f"the machine that conducted the training was lost: {error}") from error
         finally:
+            # Ray Train gives back what it reserved only where it ends by itself: so it is asked to, and waited for.
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(conductor.tidy.remote(), timeout=5)
+                if self._result is None:
+                    ray.get(conductor.abort.remote(), timeout=END_S)
+                ray.wait([ended], timeout=END_S)
+                ray.get(conductor.tidy.remote(), timeout=END_S)
             ray.kill(conductor)
 
     def _hear(self, kind: str, message: Any) -> None:
@@ -193,15 +199,22 @@ class _Caller:
                 message["loss"], np.array([np.nan], np.float32), step=message["step"], worker=message["worker"]
             )
         elif kind == "failed":
-            kind_of_error = ConfigurationError if message["configuration"] else TrainingError
-            error = kind_of_error(f"worker {message['worker']} failed: {message['text']}")
-            error.add_note(message["traceback"])
-            raise error
+            self._fail(message)
         elif kind == "began":
             self._attempts = message
         elif kind == "result":
             facts = {**message.pop("facts"), "restarts": float(self._attempts - 1)}
             self._result = TrainingResult(**message, facts=facts, elapsed_s=elapsed_s)
+
+    def _fail(self, message: dict[str, Any]) -> None:
+        where = f"in worker {message['worker']}"
+        if message["error"] is None:
+            raise TrainingError(f"{where} {message['text']}")
+        from ray import cloudpickle
+
+        error: Exception = cloudpickle.loads(message["error"])
+        error.add_note(f"raised {where}:\n{message['traceback']}")
+        raise error
 
     def _watch(self) -> None:
         """Say so when workers that are not heard of cannot be there."""
@@ -235,9 +248,10 @@ class _Conductor:
         self._fresh = checkpoints is not None and not checkpoints.resume
         self._attempt = 0
         self._pinned: _Snapshot | None = None
+        self._controller: Any = None
         self._folder = tempfile.mkdtemp(prefix="inferway-ddp-")
 
-    def run(self, job: list[Any], workers: int, resources: dict[str, float], max_restarts: int) -> str:
+    def run(self, job: list[Any], workers: int, resources: dict[str, float], restarts: int) -> str:
         """Train; gives why that did not end well, if it did not."""
         import ray
         from ray import train
@@ -250,7 +264,8 @@ class _Conductor:
             run_config=train.RunConfig(
                 name="ddp",
                 storage_path=self._folder,
-                failure_config=train.FailureConfig(max_failures=max_restarts),
+                failure_config=train.FailureConfig(max_failures=restarts),
+                callbacks=[_introducing(ray.get_runtime_context().current_actor)],
             ),
             torch_config=_gloo(),
         )
@@ -259,6 +274,14 @@ class _Conductor:
         except (train.TrainingFailedError, ray.exceptions.RayError) as error:
             return str(error)
         return ""
+
+    def conducts(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End the training, wherever it is."""
+        if self._controller is not None:
+            self._controller.abort.remote()
 
     def tell(self, kind: str, message: Any) -> None:
         with self._more:
@@ -296,6 +319,18 @@ class _Conductor:
 
     def tidy(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _introducing(conductor: Any) -> Any:
+    """A callback that tells the conductor who controls the workers: Ray Train itself keeps that to itself."""
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class Introducing(ControllerCallback):  # type: ignore[misc]  # ray is not followed
+        def after_controller_start(self, train_run_context: Any) -> None:
+            ray.get(conductor.conducts.remote(ray.get_runtime_context().current_actor))
+
+    return Introducing()
 
 
 # With each worker -----------------------------------------------------------------------------------------------------
@@ -391,17 +426,31 @@ def _telling(conductor: Any, rank: int) -> Iterator[None]:
 
     try:
         yield
-    except (_PeerLost, ray.exceptions.RayError):
+    except (_PeerLost, ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
         raise
     except Exception as error:
-        message = {
-            "worker": rank,
-            "text": str(error) if isinstance(error, InferwayError) else f"{type(error).__name__}: {error}",
-            "configuration": isinstance(error, ConfigurationError),
-            "traceback": traceback.format_exc(),
-        }
+        message = {"worker": rank, "text": _said(error), "traceback": traceback.format_exc(), "error": _pickled(error)}
         ray.get(conductor.tell.remote("failed", message))
         raise
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more was said'}"
+
+
+def _pickled(error: Exception) -> bytes | None:
+    """An error on its way to the caller; nothing where it cannot go, or is Ray's, with a traceback for a message."""
+    import ray
+    from ray import cloudpickle
+
+    if isinstance(error, ray.exceptions.RayError):
+        return None
+    try:
+        pickled: bytes = cloudpickle.dumps(error)
+        cloudpickle.loads(pickled)
+    except Exception:  # whatever the user's error holds
+        return None
+    return pickled
 
 
 class _Worker:
@@ -558,11 +607,13 @@ class _Worker:
         if snapshot is None:
             return
         arrays, facts = snapshot.arrays, snapshot.facts
-        if arrays["parameters"].shape != self._parameters.shape:
-            raise ConfigurationError(
-                f"the checkpoint has {arrays['parameters'].size} trainable numbers, the model {self._parameters.size}: "
-                "it is of another model; give another folder, or resume=False"
-            )
+        there = {**facts, "size": arrays["parameters"].size}
+        for name, value in {**self._kind(), "size": self._replica.size}.items():
+            if there.get(name) != value:
+                raise ConfigurationError(
+                    f"the checkpoints are of another training: {name} is {there.get(name)} there and {value} here; "
+                    "take another path, or resume=False"
+                )
         self._parameters[:] = arrays["parameters"]
         self._replica.load(self._parameters)
         self._replica.load_state(_unnamed("state", arrays))
@@ -574,6 +625,10 @@ class _Worker:
         self._stopped = facts["stopped"]
         self._patience.load(facts["patience"])
 
+    def _kind(self) -> dict[str, Any]:
+        """What has to be the same for a training to go on."""
+        return {"strategy": "ddp", "optimizer": self._job.optimizer.kind, "steps_per_epoch": self._plan.steps}
+
     def _save(self, *, agreed: bool) -> None:
         """Have the conductor keep where the training is; returns before that has happened."""
         import ray
@@ -584,6 +639,7 @@ class _Worker:
             return
         arrays = {**self._model(), **_named("optimizer", self._optimizer.state()), **_named("best", self._best)}
         facts = {
+            **self._kind(),
             "history": self._history,
             "epoch_loss": self._epoch_loss,
             "stopped": self._stopped,
