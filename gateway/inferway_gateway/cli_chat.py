@@ -112,6 +112,8 @@ class Conversation:
                 if not answered:
                     raise
                 _say(f"inferway: {error}\n")
+                if error.code == "context_length_exceeded":
+                    _say("The conversation is too long for the model: /reset forgets it.\n")
 
     def _command(self, line: str) -> bool:
         """Do what a line with a slash says; False to leave."""

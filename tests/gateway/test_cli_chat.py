@@ -244,12 +244,16 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_had_come(server: ScriptedServer) 
 
 
 def test_a_later_answer_may_fail_and_the_conversation_goes_on(server: ScriptedServer) -> None:
-    no = as_json({"error": {"message": "too long", "code": "invalid_parameter"}}, 400)
+    no = as_json({"error": {"message": "at most 8 tokens", "code": "context_length_exceeded"}}, 400)
     cut = Answer(200, event({"content": "Hal"}), {"Content-Type": "text/event-stream"})
     server.script = [streamed("Hello"), no, cut, streamed("Bye")]
     terminal = Terminal("smol", "--quiet")
-    for question, pattern in (("Hi", "Hello\n"), ("Hm", "inferway: too long"), ("So", "Hal\n.*before the answer"),
-                              ("And", "Bye\n")):  # fmt: skip
+    for question, pattern in (
+        ("Hi", "Hello\n"),
+        ("Hm", "at most 8 tokens.*\n.*/reset forgets it"),
+        ("So", "Hal\n.*before the answer"),
+        ("And", "Bye\n"),
+    ):
         terminal.until(r"> ")
         terminal.type(question + "\n")
         terminal.until(pattern)
