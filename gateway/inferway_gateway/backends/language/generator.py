@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
-from ...core.errors import ModelExecutionError, ShuttingDownError, WorkerCrashedError
+from ...core.errors import DeadlineExceededError, ModelExecutionError, ShuttingDownError, WorkerCrashedError
 from ...core.generation import (
     MAX_LOGIT_BIASES,
     MAX_STOP_STRINGS,
@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 _SHORT_CHARS: Final = 2000
 """Encoding that many takes some 0.5 ms; more is done on a thread."""
 _MAX_STOP_CHARS: Final = 1000
+_LATE: Final = "the deadline passed before the answer was complete"
 
 
 class Link(Protocol):
@@ -168,7 +169,11 @@ class Generator:
         if self._draining or self._link is None:
             raise ShuttingDownError("the model is being unloaded")
         if request.constraint is not None:
-            await self._trial.check(request.constraint, request.key_id)
+            try:
+                async with asyncio.timeout_at(request.deadline):
+                    await self._trial.check(request.constraint, request.key_id)
+            except TimeoutError:
+                raise DeadlineExceededError(_LATE) from None
         self._serial += 1
         number = self._serial
         queue: asyncio.Queue[Piece | Failure] = asyncio.Queue()
@@ -181,12 +186,16 @@ class Generator:
         completion = 0
         before = time.monotonic()
         over = True  # where it cannot even be submitted
+        timer: asyncio.TimerHandle | None = None
         try:
             self._link.submit(Order(number, request, max_tokens))
             over = False
+            if request.deadline is not None:
+                # The engine looks between two runs only, and one that reads a prompt may take seconds.
+                timer = asyncio.get_running_loop().call_at(request.deadline, self._expire, number)
             while not over:
                 pieces = [await queue.get()]
-                while not queue.empty():  # a slow reader gets several at once
+                while isinstance(pieces[-1], Piece) and not queue.empty():  # a slow reader gets several at once
                     pieces.append(queue.get_nowait())
                 now = time.monotonic()
                 last = pieces[-1]
@@ -215,12 +224,22 @@ class Generator:
                 if isinstance(last, Failure):
                     raise last.error()
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._answers[number]
             self._model_stats.running -= 1
             if not self._answers:
                 self._idle.set()
             if not over:
                 stats.cancelled += 1
+                self._link.cancel(number)
+
+    def _expire(self, number: int) -> None:
+        """The deadline of an answer has passed: its caller is told now, whatever the engine does."""
+        queue = self._answers.get(number)
+        if queue is not None:
+            queue.put_nowait(Failure.of(number, DeadlineExceededError(_LATE)))
+            if self._link is not None:
                 self._link.cancel(number)
 
     def _named(self, raw: RawLogprob) -> ChosenLogprob:

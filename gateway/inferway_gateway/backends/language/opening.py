@@ -59,6 +59,7 @@ def open_engine(
     runtime = Runtime(package, report, threads=threads)
     limits = EngineLimits(options.max_sequences, options.max_waiting, options.wait_s, options.kv_cache_bytes)
     grammars = Grammars(package.tokenizer, package.ends, package.vocabulary_size)
+    grammars.prepare()
     engine = Engine(
         runtime, vocabulary, grammars, package.ends, limits, runtime.context_length, emit, on_defect=on_defect
     )

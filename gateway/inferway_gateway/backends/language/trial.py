@@ -46,6 +46,8 @@ class GrammarTrial:
         self._limit_s = limit_s
         self._threads = ThreadPoolExecutor(1, "inferway-trial")
         self._child: Program | None = None
+        self._unfit: str | None = None
+        """Why no grammar at all can be used with the model, once that is known."""
         self._turns: dict[str, tuple[asyncio.Lock, int]] = {}
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._closed = False
@@ -55,7 +57,7 @@ class GrammarTrial:
 
         Raises:
             GenerationParameterError: it cannot be used, or takes too much time or memory.
-            UnsupportedOperationError: the gateway lacks llguidance.
+            UnsupportedOperationError: the gateway lacks llguidance, or that cannot read the model's tokenizer.
             ModelExecutionError: there is no process to try it in.
             ShuttingDownError: this was closed.
         """
@@ -97,6 +99,8 @@ class GrammarTrial:
 
     def _try(self, message: bytes) -> str | None:
         """Why it cannot be used, in words; None where it can. On the thread."""
+        if self._unfit is not None:
+            raise UnsupportedOperationError(self._unfit)
         if self._child is None:
             self._child = self._started()
         try:
@@ -124,6 +128,8 @@ class GrammarTrial:
                 child.end()
             else:
                 child.end()
+                self._unfit = str(problem)
+                raise UnsupportedOperationError(self._unfit)
         except OSError as error:
             problem = error.strerror
         _log.error("the process that tries grammars does not start: %s", str(problem)[:200])

@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from pathlib import Path
+from typing import Any
 
+import llguidance
 import pytest
 
 from inferway_gateway.backends.language.generator import Generator
-from inferway_gateway.core.errors import ShuttingDownError
+from inferway_gateway.backends.language.opening import open_engine
+from inferway_gateway.backends.language.package import read_package
+from inferway_gateway.core.errors import ShuttingDownError, UnsupportedOperationError
 from inferway_gateway.core.generation import Constraint, GenerationParameterError, Sampling
+from inferway_gateway.core.model_config import GenerationOptions
 
+from .builder_graphs import VOCABULARY, Layout, write_model
 from .conftest import PROMPT, OpenModel, ask
 
 PERSON = {
@@ -159,3 +166,32 @@ async def test_a_model_that_is_unloaded_leaves_no_process_of_grammars(open_langu
     assert child._process.returncode is not None
     with pytest.raises(ShuttingDownError):
         await generator._trial.check(Constraint("regex", "[a-z]"), "")
+
+
+async def test_a_model_whose_tokenizer_no_grammar_fits_answers_without_one(
+    open_language: OpenModel, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m", Layout())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "decoder": None}))
+    generator = await open_language(folder)
+    with pytest.raises(UnsupportedOperationError, match="tokenizer"):
+        await ask(generator, (5, 6), constraint=Constraint("json_object"))
+    assert (await ask(generator, (5, 6), 4, ignore_end=True)).last.finish_reason == "length"
+
+
+def test_the_tokenizer_is_read_when_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model(tmp_path / "m", Layout())
+    read: list[int] = []
+    original = llguidance.LLTokenizer
+
+    def counted(*args: Any, **members: Any) -> Any:
+        read.append(members["n_vocab"])
+        return original(*args, **members)
+
+    monkeypatch.setattr(llguidance, "LLTokenizer", counted)
+    options = GenerationOptions(kv_cache_bytes=1 << 20)
+    opened = open_engine(read_package(folder, options), options, 1, lambda report: None)
+    assert read == [VOCABULARY]
+    opened.engine.start()
+    opened.engine.close()
