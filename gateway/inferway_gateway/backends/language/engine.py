@@ -55,6 +55,10 @@ _KEEP_PROMPT: Final = 2
 """Tokens at the end of a prompt that are read although they are known: one alone goes through another kernel."""
 _PATIENCE_S: Final = 0.5
 """How often waiting requests are looked at while nothing else happens."""
+RUN_LIMIT_S: Final = 60.0
+"""For one run: a piece of a prompt, or a token of every answer. Somebody's graph may be a loop without end, and nothing
+else gets the answers in it to leave."""
+_WATCH_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class Engine:
         ends: tokens that end an answer.
         emit: gets what each step gave. Called on the engine's threads, one call at a time; must not block.
         on_defect: called when the engine failed in a way that no request explains, after all were told.
+        run_limit_s: for one run of the model.
     """
 
     def __init__(
@@ -122,7 +127,12 @@ class Engine:
         *,
         on_defect: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        run_limit_s: float = RUN_LIMIT_S,
     ) -> None:
+        self._run_limit_s = run_limit_s
+        self._closed = threading.Event()
+        self._at_work: dict[str, tuple[float, ort.RunOptions] | None] = {"read": None, "write": None}
+        """Runs that go on, since when, and what ends them."""
         self._on_defect = on_defect
         self._runtime = runtime
         self._vocabulary = vocabulary
@@ -157,7 +167,11 @@ class Engine:
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="inferway-grammars")
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
-            for work, name in ((self._read_prompts, "inferway-read"), (self._write_answers, "inferway-write"))
+            for work, name in (
+                (self._read_prompts, "inferway-read"),
+                (self._write_answers, "inferway-write"),
+                (self._watch_runs, "inferway-watch"),
+            )
         ]
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -186,6 +200,10 @@ class Engine:
                 if sequence.stop is not None:
                     sequence.stop.terminate = True
             self._changed.notify_all()
+        self._closed.set()
+        for at_work in self._at_work.values():
+            if at_work is not None:
+                at_work[1].terminate = True
         self._compiling.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             if thread.is_alive():
@@ -293,6 +311,13 @@ class Engine:
             self._known.pop(number, None)
             self._early.discard(number)
         self._tell([Failure.of(number, _ours(error))])
+
+    def _watch_runs(self) -> None:
+        while not self._closed.wait(min(_WATCH_S, self._run_limit_s)):
+            now = self._clock()
+            for at_work in self._at_work.values():
+                if at_work is not None and now - at_work[0] > self._run_limit_s:
+                    at_work[1].terminate = True
 
     # -- reading prompts -----------------------------------------------------------------------------------------------
 
@@ -407,7 +432,12 @@ class Engine:
         if left - count == 1:
             count -= 1
         piece = tokens[sequence.known : sequence.known + count]
-        row = self._runtime.read(sequence.arrays, piece, sequence.known, request.adapter, sequence.stop)
+        assert sequence.stop is not None  # set by whoever chose it
+        self._at_work["read"] = self._clock(), sequence.stop
+        try:
+            row = self._runtime.read(sequence.arrays, piece, sequence.known, request.adapter, sequence.stop)
+        finally:
+            self._at_work["read"] = None
         sequence.known += count
         with self._changed:
             self._served[request.key_id] = self._served.get(request.key_id, 0.0) + count
@@ -470,13 +500,19 @@ class Engine:
         running = self._running
         tokens = np.fromiter((s.last for s in running), np.int64, len(running))
         lengths = np.fromiter((s.length for s in running), np.int64, len(running))
+        stop = ort.RunOptions()
+        self._at_work["write"] = self._clock(), stop
         try:
-            rows = self._runtime.write(self._slab, tokens, lengths, [s.order.request.adapter for s in running])
+            rows = self._runtime.write(self._slab, tokens, lengths, [s.order.request.adapter for s in running], stop)
         except Exception as error:
+            if self._closing:
+                return  # ``close`` tells them
             failed = list(running)
             self._leave(failed)
             self._tell([*told, *(Failure.of(s.order.number, _ours(error)) for s in failed)])
             return
+        finally:
+            self._at_work["write"] = None
         likeliest = rows.argmax(axis=1)
         ended: list[_Sequence] = []
         for index, sequence in enumerate(running):

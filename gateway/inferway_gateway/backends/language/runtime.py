@@ -129,13 +129,19 @@ class Runtime:
             )
 
     def write(
-        self, slab: Slab, tokens: NDArray[np.int64], lengths: NDArray[np.int64], adapters: Sequence[str | None]
+        self,
+        slab: Slab,
+        tokens: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        adapters: Sequence[str | None],
+        stop: Any = None,
     ) -> NDArray[np.float32]:
         """One token more for each of the first ``len(tokens)`` slots.
 
         Args:
             tokens: the last ones of each answer.
             lengths: what is in each slot already.
+            stop: run options, by which another thread ends the run.
         Returns:
             Logits ``(slots, vocabulary)``, the caller's to change.
         Raises:
@@ -162,8 +168,10 @@ class Runtime:
         for name, array in stack.items():
             _bind(binding, name, array)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, stop)
         except Exception as error:
+            if stop is not None and stop.terminate:
+                raise ModelExecutionError("a run of the model took too long and was ended") from None
             raise ModelExecutionError(_said(error)) from None
         found: NDArray[np.float32] = logits[:, 0].astype(np.float32, copy=False)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from inferway_gateway.core.errors import (
     DeadlineExceededError,
     GatewayError,
     InternalError,
+    ModelExecutionError,
     QueueFullError,
     ShuttingDownError,
 )
@@ -317,3 +319,31 @@ async def test_a_long_text_is_encoded_while_others_go_on(tiny: Generator) -> Non
     assert len(await tiny.encode("word " * 200_000)) == 200_001
     turning.cancel()
     assert turns > 100
+
+
+@pytest.mark.parametrize("endless", ["read", "write"])
+async def test_a_run_without_end_is_ended_and_its_places_are_free(
+    tiny: Generator, monkeypatch: pytest.MonkeyPatch, endless: str
+) -> None:
+    link = tiny._link
+    assert isinstance(link, LocalLink)
+    engine = link._engine
+    assert engine is not None
+    own = getattr(engine._runtime, endless)
+    ended = []
+
+    def without_end(*members: Any) -> Any:
+        stop = members[-1]
+        while not stop.terminate:
+            time.sleep(0.01)
+        ended.append(stop)
+        raise ModelExecutionError("it was ended")
+
+    monkeypatch.setattr(engine, "_run_limit_s", 0.1)
+    monkeypatch.setattr(engine._runtime, endless, without_end)
+    with pytest.raises(ModelExecutionError, match="was ended"):
+        await ask(tiny, PROMPT, 5)
+    assert ended
+    monkeypatch.setattr(engine._runtime, endless, own)
+    assert len((await ask(tiny, PROMPT, 5)).tokens) == 5
+    await until(lambda: tiny.stats.running == 0)
