@@ -17,6 +17,8 @@ CANCEL: Final = b"C"
 NUMBER: Final = struct.Struct("<Q")
 MAX_FRAME_BYTES: Final = 64 << 20
 """A prompt of two million tokens takes 16 MiB."""
+MAX_REPORT_BYTES: Final = 4 << 20
+"""Of what an engine says, which the event loop parses: 256 answers' logarithms take a tenth of it."""
 
 
 def pack(body: bytes) -> bytes:
@@ -41,13 +43,13 @@ def _exactly(stream: socket.socket, size: int) -> bytes | None:
 
 
 async def read(reader: asyncio.StreamReader) -> bytes:
-    """The next frame.
+    """The next frame of an engine.
 
     Raises:
         ValueError: it is longer than any.
         asyncio.IncompleteReadError: the other side is gone.
     """
     (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-    if size > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {size} bytes")
+    if size > MAX_REPORT_BYTES:
+        raise ValueError(f"a report of {size} bytes")
     return await reader.readexactly(size)

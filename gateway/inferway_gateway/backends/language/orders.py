@@ -195,7 +195,7 @@ def read_report(raw: bytes, vocabulary: int) -> Report:
         running, waiting, kv_bytes, steps, freed = told
         gauges = Gauges(int(running), int(waiting), int(kv_bytes), int(steps), tuple(int(n) for n in freed))
         return Report([_read_piece(piece, vocabulary) for piece in pieces], gauges)
-    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"a report has the wrong shape: {type(error).__name__}") from None
 
 
