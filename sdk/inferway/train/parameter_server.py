@@ -605,8 +605,12 @@ class _Fleet:
             for reference in ready:
                 try:
                     answer = ray.get(reference)
-                except RayTaskError:
-                    raise
+                except RayTaskError as error:
+                    # Not the user's code, whose errors come as a `Failure`.
+                    raise TrainingError(
+                        f"a process could not do what it was told: {_last_line(error)}. Modules that the model is made "
+                        "of have to be installed on all machines, unless they are the script itself"
+                    ) from error
                 except RayError as error:
                     raise _LostError(_reason(error)) from error
                 if isinstance(answer, Failure):
@@ -626,6 +630,10 @@ class _Fleet:
         error: Exception = cloudpickle.loads(failure.error)
         error.add_note(f"raised in a worker at step {failure.step + 1}:\n{failure.text}")
         raise error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _reason(error: Exception) -> str:
