@@ -196,6 +196,8 @@ async def _answer(
             raise
         answering.served.stats.finished(perf_counter() - started, None)
         answering.tell(span, n, None)
+        timing = (b"server-timing", _timing(answering.first_s, perf_counter() - started))
+        scope["response_headers"] = (*scope["response_headers"], timing)
         return Response(answering.writer.body(answering.usage(n)), media_type="application/json")
     begun: list[_Answering] = []
 
@@ -210,6 +212,12 @@ async def _answer(
             await answering.close()
         raise
     return EventStream(begun[0], n, usage=_wants_usage(body), words=words, started=started, span=span)
+
+
+def _timing(first_s: float | None, total_s: float | None = None) -> bytes:
+    """Where the time of an answer went, as ``Server-Timing`` says it: to the first piece, and to the last."""
+    times = ((b"first", first_s), (b"total", total_s))
+    return b", ".join(b"%b;dur=%.1f" % (name, seconds * 1e3) for name, seconds in times if seconds is not None)
 
 
 def _generator(served: ServedVersion, reference: Reference) -> TextGenerator:
@@ -241,6 +249,7 @@ class _Answering:
 
     Attributes:
         open: pieces may still come; whoever has it closes it.
+        first_s: from the request's beginning to its first piece; None until that is there.
     """
 
     def __init__(
@@ -254,6 +263,8 @@ class _Answering:
         self.served = served
         self.writer = writer
         self.open = False
+        self.first_s: float | None = None
+        self._started = started
         self._pieces = _pieces(generator, requests)
         self._usages: list[Usage | None] = [None] * len(requests)
         self._first: asyncio.Future[tuple[int, Delta]] | None = None
@@ -262,6 +273,8 @@ class _Answering:
         """Wait for all of it."""
         async with aclosing(self._pieces) as pieces:
             async for index, delta in pieces:
+                if self.first_s is None:
+                    self.first_s = perf_counter() - self._started
                 self._count(index, delta)
                 self.writer.take(index, delta)
 
@@ -273,6 +286,7 @@ class _Answering:
             await asyncio.wait((self._first,), timeout=FIRST_PIECE_S)
             if self._first.done():
                 self._first.result()
+                self.first_s = perf_counter() - self._started
         except BaseException:
             await self._shut()
             raise
@@ -400,6 +414,8 @@ class EventStream(Response):
         """Send all there is; gives the code of what went wrong on the way."""
         answering, writer = self._answering, self._answering.writer
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+        if answering.first_s is not None:
+            headers.append((b"server-timing", _timing(answering.first_s)))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         line = _Line(send)
         await line.write(writer.opening())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -44,6 +45,9 @@ async def test_a_chat_is_answered_as_the_contract_says() -> None:
         response = await client.post(CHAT, json=HELLO)
     assert response.status_code == 200
     assert response.headers["inferway-model-version"] == "1"
+    timing = re.fullmatch(r"first;dur=([\d.]+), total;dur=([\d.]+)", response.headers["server-timing"])
+    assert timing is not None
+    assert 0 < float(timing[1]) <= float(timing[2])
     answer = contract.ChatCompletion.model_validate(response.json())
     assert answer.choices[0].message.content == "Hello!"
     assert answer.choices[0].finish_reason == "stop"
@@ -376,6 +380,25 @@ async def test_a_caller_that_leaves_closes_its_answers() -> None:
             assert generator.left == before_left + body.get("n", 1)
 
 
+async def test_a_stream_that_outlasts_the_end_of_the_gateway_hears_of_it() -> None:
+    end, never = asyncio.Event(), asyncio.Event()
+    generator = FakeGenerator(("Hel", "lo"), before=lambda index: never.wait() if index else asyncio.sleep(0))
+    async with (
+        serving({"m": generator}, end=end) as client,
+        asyncio.timeout(WAIT_S),
+        client.stream("POST", CHAT, json={**HELLO, "stream": True}) as response,
+    ):
+        said = []
+        async for line in response.aiter_lines():
+            said += [json.loads(line.removeprefix("data: "))] if line.startswith("data: {") else []
+            if "Hel" in line:
+                end.set()
+    assert said[-1]["error"]["code"] == "shutting_down"
+    assert "finish_reason" not in said[-1]
+    assert [event["choices"][0]["delta"].get("content") for event in said[:-1]][-1] == "Hel"
+    assert (generator.open, generator.left) == (0, 1)
+
+
 async def test_a_stream_that_waits_says_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "KEEP_ALIVE_S", 0.02)
     monkeypatch.setattr(chat, "FIRST_PIECE_S", 0.02)
@@ -387,6 +410,7 @@ async def test_a_stream_that_waits_says_that_it_is_alive(monkeypatch: pytest.Mon
         client.stream("POST", CHAT, json={**HELLO, "stream": True}) as response,
     ):
         assert response.headers["x-accel-buffering"] == "no"
+        assert "server-timing" not in response.headers  # it began before its first piece
         assert response.headers["cache-control"] == "no-store"
         async for line in response.aiter_lines():
             lines.append(line)
@@ -395,6 +419,14 @@ async def test_a_stream_that_waits_says_that_it_is_alive(monkeypatch: pytest.Mon
     assert '"role":"assistant"' in lines[0]
     assert ": keep-alive" in lines
     assert lines[-2] == "data: [DONE]"
+
+
+async def test_a_stream_tells_how_long_its_first_piece_took() -> None:
+    async with (
+        serving({"m": FakeGenerator()}) as client,
+        client.stream("POST", CHAT, json={**HELLO, "stream": True}) as response,
+    ):
+        assert re.fullmatch(r"first;dur=[\d.]+", response.headers["server-timing"])
 
 
 async def test_each_piece_is_sent_before_the_next_one_is_there() -> None:
