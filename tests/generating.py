@@ -166,8 +166,13 @@ async def serving(
     *,
     router: Router | None = None,
     render_limit_s: float = 5.0,
+    end: asyncio.Event | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a gateway's routes over generators, by model name or by name and version."""
+    """A client of a gateway's routes over generators, by model name or by name and version.
+
+    Args:
+        end: tells the gateway to end; it waits a second for answers that go on.
+    """
     numbered = {name: v if isinstance(v, Mapping) else {1: v} for name, v in versions.items()}
     registry = FakeRegistry(numbered)
     renderer = TemplateRenderer(render_limit_s)
@@ -190,14 +195,23 @@ async def serving(
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     drain = DrainPolicy(delay_s=0, idle_grace_s=0, timeout_s=1)
     running = asyncio.create_task(serve(cast(Any, app), ready=ready.set_result, drain=drain))
+
+    async def told() -> None:
+        if end is not None:
+            await end.wait()
+            running.cancel()
+
+    telling = asyncio.create_task(told())
     try:
         async with asyncio.timeout(WAIT_S):
             port = await ready
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as client:
             yield client
     finally:
-        running.cancel()
-        await asyncio.wait((running,))
+        telling.cancel()
+        if not running.cancelling():  # the second time it does not wait
+            running.cancel()
+        await asyncio.wait((running, telling))
 
 
 async def events(client: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -242,6 +243,30 @@ async def test_a_deadline_ends_an_answer_and_no_other(tiny: Generator) -> None:
     with pytest.raises(DeadlineExceededError):
         await ask(tiny, "One", 1900, ignore_end=True, deadline=time.monotonic() + 0.05)
     assert len((await other).tokens) == 300
+
+
+async def test_a_deadline_ends_a_piece_of_a_prompt_that_is_being_read(
+    tiny: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tiny._link
+    assert isinstance(link, LocalLink)
+    assert link._engine is not None
+    ended = threading.Event()
+
+    def read(arrays: Any, tokens: Any, known: int, adapter: str | None, stop: Any) -> Any:
+        while not stop.terminate:
+            time.sleep(0.001)
+        ended.set()
+        raise DeadlineExceededError("reading the prompt was ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(link._engine._runtime, "read", read)
+        with pytest.raises(DeadlineExceededError):
+            await ask(tiny, PROMPT, 4, deadline=time.monotonic() + 0.2)
+        await until(ended.is_set)
+    assert tiny.busy == 0
+    assert len((await ask(tiny, PROMPT, 4, ignore_end=True)).tokens) == 4
+    await until(lambda: tiny.stats.running == 0)
 
 
 async def test_broken_requests_fail_alone(tiny: Generator) -> None:
