@@ -225,7 +225,9 @@ def _truth(output: Array, labels: Array, classes: Sequence[Any] | None) -> Array
         columns = {str(label): column for column, label in enumerate(classes)}
         unknown = [label for label in np.unique(found) if str(label) not in columns]
         if unknown:
-            raise CalibrationError(f"y has the label {unknown[0]!r}, and the model knows {quoted_names(list(columns))}")
+            raise CalibrationError(
+                f"y has the label {str(unknown[0])!r}, and the model knows {quoted_names(list(columns))}"
+            )
         return np.array([columns[str(label)] for label in found])
     return found.astype(np.int64)
 

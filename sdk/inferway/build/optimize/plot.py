@@ -52,9 +52,6 @@ def draw(report: OptimizationReport, path: str | None = None) -> Any:
         )
         axes.scatter(timing.seconds, value, s=8, color=colour, zorder=4)
         points.append((candidate, timing.seconds, value, math.sqrt(area) / 2))
-    front = sorted((p for p in points if p[0].pareto), key=lambda p: p[1])
-    if len(front) > 1:
-        axes.plot([p[1] for p in front], [p[2] for p in front], color=_FRONT, linewidth=0.8, linestyle=":", zorder=1)
     limit = _allowed(report)
     if low <= limit <= high:
         axes.axhline(limit, color=_OTHER, linewidth=1, linestyle="--", zorder=0)
@@ -70,10 +67,14 @@ def draw(report: OptimizationReport, path: str | None = None) -> Any:
     axes.set_xlabel(f"latency of {batch} rows, median (quartiles)")
     better = "more" if report.greater_is_better else "less"
     axes.set_ylabel(f"{report.metric_name} ({better} is better)")
-    axes.set_title(
-        f"{'Chosen: ' + report.chosen.name if report.changed else 'No change'} — areas are file sizes", fontsize=11,
-        loc="left",
-    )  # fmt: skip
+    word = f"Chosen: {report.chosen.name}" if report.changed else "No change"
+    figure.suptitle(f"{word} (areas are file sizes)", fontsize=11, x=0.01, ha="left")
+    kinds = {_CHOSEN: "chosen", _ORIGINAL: "original", _FRONT: "on the Pareto front", _OTHER: "beaten by another"}
+    present = {_colour(report, c) for c in shown}
+    for colour, words in kinds.items():
+        if colour in present:
+            axes.scatter([], [], s=60, color=colour, alpha=0.6, linewidths=0, label=words)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8, borderaxespad=0.2)
     axes.grid(color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -112,17 +113,28 @@ def _limits(report: OptimizationReport, shown: Sequence[Candidate]) -> tuple[flo
 def _label(
     figure: Any, axes: Any, report: OptimizationReport, points: Sequence[tuple[Any, float, float, float]]
 ) -> None:
-    """Put each name beside its point, in the first place where it covers no other name and no point's middle."""
+    """Put each name beside its point, where it covers no other name and as little of everything else as can be."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     scale = figure.dpi / 72
-    taken = []
-    for _, x, y, _radius in points:
+    batch = report.objective_batch
+    taken: list[tuple[Any, float]] = []
+    for candidate, x, y, radius in points:
         px, py = axes.transData.transform((x, y))
-        taken.append(Bbox.from_bounds(px - 5, py - 5, 10, 10))
+        taken.append((Bbox.from_bounds(px - 5, py - 5, 10, 10), 10))
+        wide = 2 * radius * scale
+        taken.append((Bbox.from_bounds(px - wide / 2, py - wide / 2, wide, wide), 1))
+        ends = [
+            axes.transData.transform((t, y))[0] for t in (candidate.timings[batch].low, candidate.timings[batch].high)
+        ]
+        taken.append((Bbox.from_bounds(ends[0], py - 2, ends[1] - ends[0], 4), 3))
     frame = axes.get_window_extent(renderer)
+    _, line = axes.transData.transform((0, _allowed(report)))
+    taken.append((Bbox.from_bounds(frame.x0, line - 2, frame.width, 4), 5))
+    taken.append((Bbox.from_bounds(frame.x1 - 110, line, 110, 16), 10))
     ordered = sorted(points, key=lambda p: (p[0] is not report.chosen, p[0] is not report.original, not p[0].pareto))
     for candidate, x, y, radius in ordered:
         beyond = abs(candidate.metric - y) > 1e-12
@@ -133,21 +145,22 @@ def _label(
             text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8, color=_text_colour(report, candidate),
             fontweight="bold" if candidate is report.chosen else "normal", zorder=5,
         )  # fmt: skip
+        label.set_path_effects([withStroke(linewidth=2, foreground="white")])
         box = label.get_window_extent(renderer)
         wide, tall = box.width / scale, box.height / scale
         px, py = (part / scale for part in axes.transData.transform((x, y)))
         best: tuple[float, tuple[float, float]] | None = None
         for dx, dy in _places(radius, wide, tall):
             placed = Bbox.from_bounds((px + dx) * scale, (py + dy) * scale, box.width, box.height)
-            covered = sum(_overlap(placed, other) for other in taken)
+            covered = sum(weight * _overlap(placed, other) for other, weight in taken)
             outside = box.width * box.height - _overlap(placed, frame)
-            cost = 10 * covered + 10 * outside + math.hypot(dx + wide / 2, dy + tall / 2)
+            cost = covered + 10 * outside + 3 * math.hypot(dx + wide / 2, dy + tall / 2)
             if best is None or cost < best[0]:
                 best = cost, (dx, dy)
         assert best is not None
         dx, dy = best[1]
         label.set_position((dx, dy))
-        taken.append(Bbox.from_bounds((px + dx) * scale, (py + dy) * scale, box.width, box.height))
+        taken.append((Bbox.from_bounds((px + dx) * scale, (py + dy) * scale, box.width, box.height), 10))
         if math.hypot(max(dx, -dx - wide, 0), max(dy, -dy - tall, 0)) > radius + 14:
             axes.annotate(
                 "", (x, y), xytext=(dx + (0 if dx > 0 else wide if dx + wide < 0 else wide / 2), dy + tall / 2),

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ..._errors import ConfigurationError
 from ..._tensors import quoted_names
@@ -254,26 +254,22 @@ class _Planner:
             self._add(name, technique, lambda: quantise.block_weights(self.bench.model.proto, bits))
 
     def _fp16(self) -> None:
-        if self.bench.facts.float_bytes < _TINY_BYTES:
-            self._skip("fp16 weights", "fp16", "the model has hardly any FP32 constants")
-            return
-        self._add(
-            "fp16 weights",
-            "fp16",
-            lambda: quantise.stored_half(self.bench.model.proto, "fp16"),
-            "halves the file; processors compute in FP32 all the same, so it gains no speed here",
-        )
+        self._half("fp16")
 
     def _bf16(self) -> None:
         if self.auto:
-            self._skip(
-                "bf16 weights", "bf16", "halves the file as fp16 does, with fewer digits; no speed on a processor"
-            )
+            self._skip("bf16 weights", "bf16", "halves the file as fp16 does, with fewer digits, and gains no speed")
+        else:
+            self._half("bf16")
+
+    def _half(self, kind: Literal["fp16", "bf16"]) -> None:
+        if self.bench.facts.float_bytes < _TINY_BYTES:
+            self._skip(f"{kind} weights", kind, "the model has hardly any FP32 constants")
             return
         self._add(
-            "bf16 weights",
-            "bf16",
-            lambda: quantise.stored_half(self.bench.model.proto, "bf16"),
+            f"{kind} weights",
+            kind,
+            lambda: quantise.stored_half(self.bench.model.proto, kind),
             "halves the file; processors compute in FP32 all the same, so it gains no speed here",
         )
 
