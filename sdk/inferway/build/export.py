@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -19,7 +20,7 @@ from .model import OnnxModel
 from .quiet import undisturbed
 from .runtime import onnx_module, open_session, ort, run
 from .source import Dynamic, Source, Wishes, axes_of
-from .verify import BATCH, Axes, Run, first_line, variants, verify
+from .verify import BATCH, COARSE, Axes, Run, first_line, variants, verify
 
 _FAMILIES: Final = ("keras", "torch", "xgboost", "lightgbm", "catboost", "sklearn", "onnx")
 """Top modules, in the order in which a type's ancestors are searched for them: a Keras model may be a torch module,
@@ -81,6 +82,11 @@ def to_onnx(
             return load_onnx(model, example, wishes)
         source = _MAKERS[family](model, example, wishes)
         axes = axes_of(source.inputs, dynamic)
+        if source.precision in COARSE:
+            rtol, atol = (
+                given if given is not None else coarse
+                for given, coarse in zip((rtol, atol), COARSE[source.precision], strict=True)
+            )
         runs, skipped = _source_runs(source, axes)
         return _first_good(source, axes, runs, skipped, rtol, atol)
 
@@ -141,6 +147,7 @@ def _source_runs(source: Source, axes: Axes) -> tuple[list[Run], list[str]]:
 def _first_good(
     source: Source, axes: Axes, runs: Sequence[Run], skipped: Sequence[str], rtol: float | None, atol: float | None
 ) -> OnnxModel:
+    # Later attempts ask for less: what the last one failed of is the reason.
     failure: BuildError | None = None
     for attempt in source.attempts:
         try:
@@ -148,22 +155,16 @@ def _first_good(
             if proto is None:
                 continue
             session = _opened(proto, axes, runs)
-        except BuildError as error:
-            failure = failure or error
-            continue
-        except Exception as error:
-            failure = failure or ExportError(
-                f"ONNX Runtime cannot run what was made of {source.what}: {first_line(error)}"
-            )
-            failure.__cause__ = failure.__cause__ or error
-            continue
-        try:
             verification = verify(
                 partial(run, session), runs,
                 what=source.what, rtol=rtol, atol=atol, skipped=skipped, ties=source.ties,
             )  # fmt: skip
         except BuildError as error:
-            failure = failure or error
+            failure = error
+            continue
+        except Exception as error:
+            failure = _not_run(error, source.what)
+            failure.__cause__ = error
             continue
         return OnnxModel(
             proto=proto, framework=source.framework, backend=source.backend, classes=source.classes,
@@ -172,6 +173,21 @@ def _first_good(
         )  # fmt: skip
     assert failure is not None
     raise failure
+
+
+def _not_run(error: Exception, what: str) -> ExportError:
+    """ONNX Runtime refuses a graph."""
+    unknown = re.search(r"No Op registered for (\w+)|Could not find an implementation for (\w+)\(", str(error))
+    if unknown is None:
+        return ExportError(f"ONNX Runtime cannot run what was made of {what}: {first_line(error)}")
+    operator = unknown[1] or unknown[2]
+    node = re.search(r"In Node, \(\"([^\"]+)\"|node with name '([^']+)'", str(error))
+    where = f"node {node[1] or node[2]}" if node else None
+    return ExportError(
+        f"{what} uses the operator {operator}, which ONNX Runtime does not have for these types"
+        f"{f' ({where})' if where else ''}; write that step with other operators, or leave it out of the model",
+        operator=operator, where=where,
+    )  # fmt: skip
 
 
 def _opened(proto: Any, axes: Axes, runs: Sequence[Run]) -> Any:

@@ -25,6 +25,8 @@ from .quiet import scratch
 from .source import Source, Wishes, axes_of
 from .verify import first_line
 
+TF_OPSET: Final = 18
+"""The newest that tf2onnx 1.17 writes."""
 _AUTOMATIC: Final = re.compile(r"(keras_tensor|input_layer|input|keras_tensor_\w+)(_?\d+)*(CLONE)*")
 """Names that Keras counts out, which are others in the next process."""
 
@@ -78,13 +80,31 @@ def keras_source(model: Any, example: object, wishes: Wishes) -> Source:
 
     def convert() -> Any:
         axes = axes_of(inputs, wishes.dynamic)
-        if wishes.method == "keras" or backend == "tensorflow":
+        if backend == "tensorflow" and wishes.method is None:
+            return _by_tf2onnx(call, inputs, outputs, axes, wishes.opset, what)
+        if wishes.method == "keras":
             return _by_keras(model, inputs, outputs, axes, wishes.opset, what)
         if backend == "torch":
             import torch
 
             tensors = [from_numpy(array, torch) for array in inputs.values()]
-            return export_module(call, model, tensors, names, outputs, axes, wishes.opset, what)
+            try:
+                return export_module(call, model, tensors, names, outputs, axes, wishes.opset, what)
+            except ExportError as error:
+                recurrent = _recurrent(model)
+                if (
+                    recurrent is None
+                    or error.operator is not None
+                    or not any(len(named) > 1 for named in axes.values())
+                ):
+                    raise
+                raise ExportError(
+                    f"{what} has the recurrent layer '{recurrent}', which Keras on PyTorch writes out step by step, "
+                    f"for one number of steps; leave that axis out of dynamic, or export the model in a process that was "
+                    f"started with KERAS_BACKEND=tensorflow",
+                    operator=type(model.get_layer(recurrent)).__name__ if _has(model, recurrent) else None,
+                    where=f"layer {recurrent}",
+                ) from error
         raise ExportError(
             f"{what} runs on the Keras backend '{backend}', from which nothing leads to ONNX; save it, and load it in "
             f"a process that was started with KERAS_BACKEND=torch"
@@ -92,7 +112,9 @@ def keras_source(model: Any, example: object, wishes: Wishes) -> Source:
 
     if wishes.method not in (None, "keras", "torch"):
         raise ConfigurationError(f"method of a Keras model expects 'torch' or 'keras', got {wishes.method!r}")
-    return Source("keras", what, inputs, predict, [convert], digest_of(model), backend=backend)
+    return Source(
+        "keras", what, inputs, predict, [convert], digest_of(model), backend=backend, precision=precision_of(model)
+    )
 
 
 def _made_up(model: Any, what: str) -> Any:
@@ -210,11 +232,63 @@ def _output_names(model: Any, paths: Sequence[tuple[str | int, ...]]) -> list[st
     if any(isinstance(part, str) for path in paths for part in path):
         return unique([".".join(map(str, path)) for path in paths])
     if len(paths) == 1:
-        return ["y"]
+        last = model.layers[-1] if getattr(model, "layers", None) and not _is_subclass(model) else None
+        return [str(last.name)] if last is not None and not _counted_out(last) else ["y"]
     known = [str(name) for name in (getattr(model, "output_names", None) or [])]
     if len(known) == len(paths) and len(set(known)) == len(known) and not any(re.search(r"_\d+$", n) for n in known):
         return known
     return [f"y{place}" for place in range(len(paths))]
+
+
+def _by_tf2onnx(
+    call: Any,
+    inputs: Arrays,
+    outputs: Sequence[str],
+    axes: Mapping[str, Mapping[int, str]],
+    opset: int | None,
+    what: str,
+) -> Any:
+    """The graph of a model on TensorFlow. ``model.export`` does the same, for a model with one input."""
+    import tensorflow
+
+    try:
+        import tf2onnx
+    except ImportError as error:
+        raise MissingExtraError("tf2onnx", "tensorflow", "exporting a Keras model on TensorFlow") from error
+    specs = [
+        tensorflow.TensorSpec(
+            [None if axis in axes.get(name, {}) else size for axis, size in enumerate(array.shape)],
+            _dtype(array), name=f"input_{place}",
+        )
+        for place, (name, array) in enumerate(inputs.items())
+    ]  # fmt: skip
+    flat = tensorflow.function(lambda *tensors: [leaf for _, leaf in _leaves(call(tensors))])
+    try:
+        proto, _ = tf2onnx.convert.from_function(flat, specs, opset=min(opset or TF_OPSET, TF_OPSET))
+    except Exception as error:
+        raise ExportError(f"{what} cannot be turned into ONNX: {first_line(error)}") from error
+    strip(proto)
+    given = {value.name for value in proto.graph.input}
+    kept = [(f"input_{place}", name) for place, name in enumerate(inputs) if f"input_{place}" in given]
+    if len(kept) < len(inputs):
+        unused = [name for place, name in enumerate(inputs) if f"input_{place}" not in given]
+        raise ExportError(f"{what} does not use its inputs {quoted_names(unused)}; leave them out of the model")
+    rename(proto, *map(list, zip(*kept, strict=True)))
+    rename(proto, [value.name for value in proto.graph.output], outputs)
+    return proto
+
+
+def _is_subclass(model: Any) -> bool:
+    """Whether a model's own ``call`` says which layer comes last."""
+    import keras
+
+    return type(model) is not keras.Sequential and not isinstance(model, keras.src.models.Functional)
+
+
+def _counted_out(layer: Any) -> bool:
+    """Whether a layer has the name that Keras gives: its class's, and a number."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(layer).__name__).lower()
+    return re.fullmatch(rf"{re.escape(snake)}(_\d+)?", str(layer.name)) is not None
 
 
 def _by_keras(
@@ -254,6 +328,23 @@ def _by_keras(
     rename(proto, [value.name for value in proto.graph.input], list(inputs))
     rename(proto, [value.name for value in proto.graph.output], outputs)
     return proto
+
+
+def _recurrent(model: Any) -> str | None:
+    """The name of the first recurrent layer."""
+    import keras
+
+    return next((str(layer.name) for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN)), None)
+
+
+def _has(model: Any, name: str) -> bool:
+    return any(layer.name == name for layer in model.layers)
+
+
+def precision_of(model: Any) -> str:
+    """The least precise type that a layer computes with."""
+    kinds = {str(getattr(layer, "compute_dtype", "")) for layer in model._flatten_layers()}
+    return next((kind for kind in ("bfloat16", "float16") if kind in kinds), "float32")
 
 
 def digest_of(model: Any) -> str:

@@ -101,7 +101,11 @@ def _frame(frame: Any) -> tuple[dict[str, Array], Callable[[Arrays], Any], tuple
     if len(set(names)) != len(names):
         raise ConfigurationError(f"expected columns of different names, got {quoted_names(names)}")
     inputs = {name: _column(frame[column], name) for name, column in zip(names, columns, strict=True)}
-    missing = {name for name, array in inputs.items() if array.dtype.kind == "O" and (array == "").any()}
+    missing = {
+        name: next(value for value in frame[column] if not isinstance(value, str))
+        for name, column in zip(names, columns, strict=True)
+        if inputs[name].dtype.kind == "O" and not all(isinstance(value, str) for value in frame[column])
+    }
     maker = type(frame) if of_pandas else sys.modules["polars"].DataFrame
     dtypes = dict(zip(columns, frame.dtypes, strict=True)) if of_pandas else {}
 
@@ -110,7 +114,7 @@ def _frame(frame: Any) -> tuple[dict[str, Array], Callable[[Arrays], Any], tuple
         for name, column in zip(names, columns, strict=True):
             found = arrays[name][:, 0]
             if name in missing:
-                found = np.array([text or None for text in found], object)
+                found = np.array([text or missing[name] for text in found], object)
             values[column] = found
         made = maker(values)
         return made.astype(dtypes) if of_pandas else made
@@ -346,6 +350,7 @@ def convert_estimator(
 
     parts = list(steps_of(model))
     learn_boosters([part for _, part in parts])
+    _learn_zipmap(_last(model))
     types = [(name, _type(array, data_types)) for name, array in inputs.items()]
     wanted: list[dict[str, Any]] = [{}]
     if len(outputs) > 1:
@@ -358,7 +363,7 @@ def convert_estimator(
             with (
                 exact_thresholds(ModelComponentContainer) as thresholds,
                 unnamed_features([part for _, part in parts]),
-                _plain_votes([part for _, part in parts]),
+                _as_converters_want([part for _, part in parts]),
             ):
                 proto = skl2onnx.convert_sklearn(
                     model, initial_types=types, options={id(model): options} if options else None,
@@ -383,18 +388,55 @@ def convert_estimator(
     raise _refused(failure, parts, what) from failure
 
 
+def _last(model: Any) -> Any:
+    """The estimator that gives a pipeline's, or a search's, predictions; options are its."""
+    while True:
+        if hasattr(model, "best_estimator_"):
+            model = model.best_estimator_
+        elif isinstance(getattr(model, "steps", None), list):
+            model = model.steps[-1][1]
+        else:
+            return model
+
+
 @contextlib.contextmanager
-def _plain_votes(parts: Sequence[Any]) -> Iterator[None]:
-    """Voting classifiers with ``flatten_transform=False``, which matters to ``transform`` alone and which the converter
-    wants."""
-    changed = [part for part in parts if type(part).__name__ == "VotingClassifier" and part.flatten_transform]
+def _as_converters_want(parts: Sequence[Any]) -> Iterator[None]:
+    """Settings that the converters insist on, and that change no prediction of the graph; undone afterwards.
+
+    Voting: ``flatten_transform`` matters to ``transform`` alone. Imputing texts: what is missing is an empty text in
+    the graph, since its tensors of texts hold nothing else (see `_column`).
+    """
+    changes: list[tuple[Any, str, Any]] = []
+    for part in parts:
+        if type(part).__name__ == "VotingClassifier" and part.flatten_transform:
+            changes.append((part, "flatten_transform", False))
+        statistics = getattr(part, "statistics_", None)
+        if type(part).__name__ == "SimpleImputer" and getattr(statistics, "dtype", None) == np.dtype(object):
+            changes.append((part, "missing_values", ""))
+    before = [(part, name, getattr(part, name)) for part, name, _ in changes]
     try:
-        for part in changed:
-            part.flatten_transform = False
+        for part, name, value in changes:
+            setattr(part, name, value)
         yield
     finally:
-        for part in changed:
-            part.flatten_transform = True
+        for part, name, value in before:
+            setattr(part, name, value)
+
+
+def _learn_zipmap(estimator: Any) -> None:
+    """Let a classifier without probabilities, such as LinearSVC, take the option that every pipeline sets."""
+    from skl2onnx import update_registered_converter
+    from skl2onnx._supported_operators import sklearn_operator_name_map
+    from skl2onnx.common._registration import _converter_pool, get_converter, get_shape_calculator
+
+    alias = sklearn_operator_name_map.get(type(estimator))
+    known = _converter_pool.get(alias)
+    allowed = known.get_allowed_options() if known is not None else None
+    if allowed and "raw_scores" in allowed and "zipmap" not in allowed:
+        update_registered_converter(
+            type(estimator), alias, get_shape_calculator(alias), get_converter(alias)._fct, overwrite=True,
+            options={**{name: [True, False] for name in allowed}, "zipmap": [True, False, "columns"]},
+        )  # fmt: skip
 
 
 def _localized(proto: Any) -> None:

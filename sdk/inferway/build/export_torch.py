@@ -63,7 +63,7 @@ def torch_source(model: Any, example: object, wishes: Wishes) -> Source:
             forward, model, tensors, names, outputs, axes_of(inputs, wishes.dynamic), wishes.opset, what
         )
 
-    return Source("torch", what, inputs, predict, [convert], digest_of(model))
+    return Source("torch", what, inputs, predict, [convert], digest_of(model), precision=precision_of(model))
 
 
 def _arguments(model: Any, example: object) -> tuple[Tree, list[str], Any]:
@@ -287,10 +287,15 @@ def _not_converted(error: Exception, program: Any, what: str) -> ExportError:
     node_name = re.search(r"Error when translating node %(\w+)", text)
     where = None
     if node_name:
-        for node in program.graph.nodes:
-            if node.name == node_name[1]:
-                where = _place_of(node)
-                operator = operator or str(node.target)
+        nodes = list(program.graph.nodes)
+        # The exporter takes some operators apart first: linalg_svd becomes _linalg_svd.
+        base = (operator or "").rpartition(".")[2].strip("_")
+        node = next((n for n in nodes if n.name == node_name[1]), None) or next(
+            (n for n in nodes if n.op == "call_function" and base and base in str(n.target)), None
+        )
+        if node is not None:
+            where = _place_of(node)
+            operator = operator or str(node.target)
     if operator:
         return ExportError(
             f"{what} uses the operator {operator}, which has no form in ONNX{f' ({where})' if where else ''}; "
@@ -322,6 +327,12 @@ def _user_line(error: BaseException) -> str | None:
             found = f"{PurePath(file).name}, line {trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
         trace = trace.tb_next
     return found
+
+
+def precision_of(model: Any) -> str:
+    """The least precise type of a module's weights and buffers."""
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in [*model.parameters(), *model.buffers()]}
+    return next((kind for kind in ("bfloat16", "float16") if kind in kinds), "float32")
 
 
 def digest_of(model: Any) -> str:

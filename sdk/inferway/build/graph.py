@@ -77,7 +77,7 @@ def put_in_front(proto: Any, inputs: Arrays, inner: str, elem_type: int) -> None
 
 def reshape_outputs(proto: Any, given: Arrays, wanted: Arrays) -> None:
     """Where an output has the source's elements in another shape, such as ``(rows, 1)`` for ``(rows,)``, reshape it;
-    of two columns for two classes, take the second where the source has one number for them.
+    of two columns for two classes, take the one that is the source's where it has one number for them.
 
     Args:
         given, wanted: outputs of graph and source for the same example.
@@ -94,7 +94,8 @@ def reshape_outputs(proto: Any, given: Arrays, wanted: Arrays) -> None:
             tail = np.array([-1, *want.shape[1:]], np.int64)
             node = helper.make_node("Reshape", [inner, f"{name}__shape"], [name])
         elif have.shape == (len(want), 2) and want.ndim == 1:
-            tail = np.array(1, np.int64)
+            gaps = [float(np.abs(have[:, column] - want).max()) for column in (1, 0)]
+            tail = np.array(1 if gaps[0] <= gaps[1] else 0, np.int64)
             node = helper.make_node("Gather", [inner, f"{name}__shape"], [name], axis=1)
         else:
             continue

@@ -26,6 +26,7 @@ class Source:
         attempts: ways to make the graph, the best first; each gives a ``ModelProto`` and may raise.
         digest: ``sha256:…`` of structure and weights.
         ties: see `verify.verify`.
+        precision: the least precise type that the model computes with, which the tolerances go by.
     """
 
     framework: str
@@ -38,6 +39,7 @@ class Source:
     classes: tuple[Label, ...] | None = None
     columns: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
+    precision: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)

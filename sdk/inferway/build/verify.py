@@ -11,6 +11,7 @@ it, and floating-point numbers that are no whole numbers are changed by up to a 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -29,7 +30,7 @@ LARGE_BATCH: Final = 33
 _CASE_BYTES: Final = 64 << 20
 RTOL: Final = 1e-4
 ATOL: Final = 1e-5
-_COARSE: Final = {"float16": (5e-3, 5e-3), "bfloat16": (4e-2, 4e-2)}
+COARSE: Final = {"float16": (5e-3, 5e-3), "bfloat16": (4e-2, 4e-2)}
 """Of types with 11 and 8 bits: a few roundings at each of many layers."""
 
 
@@ -223,7 +224,7 @@ def distance(
     given: Array, expected: Array, rtol: float | None = None, atol: float | None = None
 ) -> tuple[float, float]:
     """The largest absolute difference, and what is allowed. NaN agrees with NaN, an infinity with itself."""
-    coarse = _COARSE.get(expected.dtype.name, (RTOL, ATOL))
+    coarse = COARSE.get(expected.dtype.name, (RTOL, ATOL))
     rtol, atol = coarse[0] if rtol is None else rtol, coarse[1] if atol is None else atol
     left, right = given.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -263,6 +264,8 @@ def shown(shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """What an error says, in one line, without the colours and the preamble of Keras."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("Exception encountered when calling")]
+    return (telling or lines or [type(error).__name__])[0]
