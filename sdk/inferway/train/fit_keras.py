@@ -113,6 +113,9 @@ class KerasFramework:
                 if course.end(epoch, logs or {}):
                     model.stop_training = True
 
+        if job.seed is not None:
+            # TensorFlow takes its seed when the order's operators are made, which is before the first epoch.
+            _sow(model, backend, job.seed, first)
         options = {"verbose": 0, **job.options}
         callbacks = [Watch(), *(options.pop("callbacks", None) or [])]
         validation = job.validation

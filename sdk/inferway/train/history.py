@@ -126,7 +126,9 @@ class History:
         width = max(map(len, self.history))
         lines = [self._head]
         for name, values in self.history.items():
-            if values:
+            if len(values) == 1:
+                lines.append(f"  {name:{width}}  {number(values[0]):>8}")
+            elif values:
                 at = best_at(name, values)
                 lines.append(
                     f"  {name:{width}}  {number(values[0]):>8} {sparkline(values)} {number(values[-1]):<8}  "

@@ -41,7 +41,7 @@ class Preprocessing:
             from sklearn.base import clone
         except ImportError as error:
             raise MissingExtraError("scikit-learn", "train", "preprocessing") from error
-        if not hasattr(transformer, "fit") or not hasattr(transformer, "transform"):
+        if isinstance(transformer, type) or not hasattr(transformer, "fit") or not hasattr(transformer, "transform"):
             hint = "; give an object of it" if isinstance(transformer, type) else ""
             kind = transformer.__name__ if isinstance(transformer, type) else type(transformer).__name__
             raise ConfigurationError(
@@ -255,22 +255,32 @@ def _telling(x: Any) -> NDArray[np.int64]:
 
 
 def _aligned(after: Any, before: Any) -> tuple[Any, Any]:
-    """Both in the same version of ONNX, the newer of the two."""
+    """Both with the same versions of the operators, the newer ones of the two.
+
+    ONNX converts its own operators from version to version. Those of ``ai.onnx.ml`` only grew with the versions that
+    scikit-learn is exported to, so that there a newer number does.
+    """
     import onnx
 
-    def opset(proto: Any) -> int:
-        return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    def versions(proto: Any) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for entry in proto.opset_import:
+            domain = "" if entry.domain == "ai.onnx" else entry.domain
+            found[domain] = max(entry.version, found.get(domain, 0))
+        return found
 
-    newest = max(opset(after), opset(before))
+    newest = versions(after)
+    for domain, version in versions(before).items():
+        newest[domain] = max(version, newest.get(domain, 0))
     made = []
     for proto in (after, before):
-        if opset(proto) not in (0, newest):
-            proto = onnx.version_converter.convert_version(proto, newest)
-        made.append(proto)
-    for proto in made:
-        if not opset(proto):
-            proto.opset_import.add(domain="", version=newest)
+        if versions(proto).get("", newest[""]) != newest[""]:
+            proto = onnx.version_converter.convert_version(proto, newest[""])
+        del proto.opset_import[:]
+        for domain, version in newest.items():
+            proto.opset_import.add(domain=domain, version=version)
         proto.ir_version = max(item.ir_version for item in (after, before))
+        made.append(proto)
     return made[0], made[1]
 
 
