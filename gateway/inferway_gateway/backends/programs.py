@@ -6,12 +6,15 @@ waits too long ends it, which is what these processes are for: a thread cannot b
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -110,11 +113,14 @@ def answer(stream: socket.socket, body: bytes) -> None:
 
 
 def confine(memory_bytes: int) -> None:
-    """In the program: take from the process what its work does not need.
+    """In the program: take from the process what its work does not need, free memory first.
 
     Args:
         memory_bytes: of address space, beyond what the process has now.
     """
+    gc.collect()
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)  # what was read may have been many times larger than what is left of it
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

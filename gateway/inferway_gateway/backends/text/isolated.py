@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from queue import Empty, LifoQueue
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -57,12 +57,14 @@ class IsolatedTokenizer:
         self._limit_s = limit_s
         self._content = content
         self._kind = kind
-        self._idle: SimpleQueue[Program | None] = SimpleQueue()
+        self._idle: LifoQueue[Program | None] = (
+            LifoQueue()
+        )  # the last one used first, so that a second starts if need be
         weakref.finalize(self, _end_all, self._idle)
         child, facts, packed = self._started(size)
-        self._idle.put(child)
         for _ in range(_PROCESSES - 1):
             self._idle.put(None)
+        self._idle.put(child)
         self.packed: Final = packed, {int(token): str(name) for token, name in facts.get("names", ())}
         self.begin: Final[tuple[int, ...]] = tuple(map(int, facts.get("begin", ())))
         self.vocabulary: Final[int] = int(facts.get("vocabulary", 0))
@@ -138,7 +140,7 @@ def _end(child: Program | None) -> None:
         child.end()
 
 
-def _end_all(idle: SimpleQueue[Program | None]) -> None:
+def _end_all(idle: LifoQueue[Program | None]) -> None:
     with suppress(Empty):
         while True:
             _end(idle.get_nowait())

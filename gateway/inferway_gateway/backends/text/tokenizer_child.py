@@ -65,9 +65,9 @@ def main() -> None:
         except TokenizerError as error:
             programs.answer(stream, orjson.dumps({"error": str(error)}))
             return
-        programs.confine(MEMORY_BYTES)
         programs.answer(stream, orjson.dumps(facts) + b"\0" + packed)
         del content, packed
+        programs.confine(MEMORY_BYTES)
         for question in asked:
             said = orjson.loads(question)
             try:

@@ -48,6 +48,17 @@ def test_for_a_generator_names_become_tokens_only_where_they_may() -> None:
     assert process.begin == own.begin
 
 
+def test_calls_one_after_the_other_share_one_process() -> None:
+    tokenizer = isolated()
+    first = tokenizer._idle.get()
+    tokenizer._idle.put(first)
+    assert first is not None
+    for _ in range(3):
+        tokenizer.encode(["w1"])
+    assert {tokenizer._idle.get(), tokenizer._idle.get()} == {first, None}
+    first.end()
+
+
 def test_several_threads_may_use_it(tokenizer: IsolatedTokenizer) -> None:
     found: list[list[list[int]]] = []
     threads = [threading.Thread(target=lambda: found.append(tokenizer.encode(["w1 w2"] * 50))) for _ in range(6)]
