@@ -12,6 +12,7 @@ Rules of GroupQueryAttention on the CPU, found by measuring and kept here:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
 _LAST: Final = np.array([-1], np.int64)
 _TRIED: Final = 4
 """Tokens of the prompt with which a graph is tried out."""
+_TRY_LIMIT_S: Final = 60.0
 _FOR_CPU: Final = "build it with onnxruntime-genai's model builder for the CPU (-e cpu, and -p int4, int8 or fp32)"
 
 
@@ -92,6 +94,9 @@ class Runtime:
         """Run the graph as prompts are read, in two pieces, and as answers are written, so that what no run can do is
         found before anybody asks for one: the runtime looks at many things in a run only."""
         stop = ort.RunOptions()
+        limit = threading.Timer(_TRY_LIMIT_S, setattr, (stop, "terminate", True))  # a graph may be a loop without end
+        limit.daemon = True
+        limit.start()
         try:
             arrays = [np.zeros_like(array) for array in self.layout.allocate(_TRIED)]
             tokens = np.zeros(_TRIED, np.int64)
@@ -100,10 +105,13 @@ class Runtime:
             slab = Slab(self.layout, 2, _TRIED + 1)
             for slot in range(2):
                 slab.put(slot, arrays, _TRIED)
-            self.write(slab, tokens[:2], np.full(2, _TRIED), (None, None))
+            self.write(slab, tokens[:2], np.full(2, _TRIED), (None, None), stop)
+        except DeadlineExceededError:
+            raise ModelLoadError(f"its graph cannot be run: {_TRIED} tokens took {_TRY_LIMIT_S:g} s") from None
         except ModelExecutionError as error:
             raise ModelLoadError(f"its graph cannot be run: {error.message}") from None
         finally:
+            limit.cancel()
             self._plans.clear()
         if row.shape != (self.vocabulary_size,):
             raise ModelLoadError(f"the graph gives {row.size} logits for a token, expected {self.vocabulary_size}")

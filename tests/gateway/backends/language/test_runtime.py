@@ -8,8 +8,9 @@ from typing import Any
 
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
-from inferway_gateway.backends.language import engine
+from inferway_gateway.backends.language import engine, runtime
 from inferway_gateway.core.errors import ContextLengthError, ModelLoadError
 
 from .builder_graphs import Layout, graph, plainly, write_model
@@ -84,3 +85,46 @@ async def test_what_no_run_can_do_is_refused_when_it_is_loaded(
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ModelLoadError, match=reason):
         await open_language(folder)
+
+
+async def test_a_graph_without_end_is_refused_when_it_is_loaded(
+    open_language: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_TRY_LIMIT_S", 0.05)
+    folder = write_model(tmp_path / "m", Layout())
+    model = graph(Layout())
+    model.graph.node.extend(_endless())
+    logits = next(node for node in model.graph.node if "logits" in node.output)
+    logits.output[0] = "some"
+    model.graph.node.append(helper.make_node("Add", ["some", "never"], ["logits"]))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    async with asyncio.timeout(60):
+        with pytest.raises(ModelLoadError, match=r"cannot be run: .* tokens took"):
+            await open_language(folder)
+
+
+def _endless() -> list[onnx.NodeProto]:
+    """Nodes that never give their number."""
+    number = helper.make_tensor("", TensorProto.FLOAT, [], [0.0])
+    truth = helper.make_tensor("", TensorProto.BOOL, [], [True])
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["going"], ["goes_on"]),
+            helper.make_node("Mul", ["number", "number"], ["next_number"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("number", TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next_number", TensorProto.FLOAT, []),
+        ],
+    )
+    return [
+        helper.make_node("Constant", [], ["nothing"], value=number),
+        helper.make_node("Constant", [], ["true"], value=truth),
+        helper.make_node("Loop", ["", "true", "nothing"], ["never"], body=body),
+    ]
