@@ -163,7 +163,7 @@ def _first_good(
             failure = error
             continue
         except Exception as error:
-            failure = _not_run(error, source.what)
+            failure = _not_run(error, source)
             failure.__cause__ = error
             continue
         return OnnxModel(
@@ -175,8 +175,9 @@ def _first_good(
     raise failure
 
 
-def _not_run(error: Exception, what: str) -> ExportError:
+def _not_run(error: Exception, source: Source) -> ExportError:
     """ONNX Runtime refuses a graph."""
+    what = source.what
     unknown = re.search(r"No Op registered for (\w+)|Could not find an implementation for (\w+)\(", str(error))
     if unknown is None:
         return ExportError(f"ONNX Runtime cannot run what was made of {what}: {first_line(error)}")
@@ -185,7 +186,12 @@ def _not_run(error: Exception, what: str) -> ExportError:
     where = f"node {node[1] or node[2]}" if node else None
     return ExportError(
         f"{what} uses the operator {operator}, which ONNX Runtime does not have for these types"
-        f"{f' ({where})' if where else ''}; write that step with other operators, or leave it out of the model",
+        f"{f' ({where})' if where else ''}; "
+        + (
+            f"it has few for {source.precision} on CPUs: export the model in float32"
+            if source.precision in COARSE
+            else "write that step with other operators, or leave it out of the model"
+        ),
         operator=operator, where=where,
     )  # fmt: skip
 

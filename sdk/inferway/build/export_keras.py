@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from .._errors import BuildError, ConfigurationError, ExportError, MissingExtraError, ModelNotBuiltError
-from .._tensors import Array, shape_text
+from .._tensors import Array, quoted_names, shape_text
 from .example import Arrays, Tree, is_frame, to_numpy, tree_of, unique
 from .export_torch import export_module, from_numpy, strip
 from .graph import rename
@@ -100,8 +100,8 @@ def keras_source(model: Any, example: object, wishes: Wishes) -> Source:
                     raise
                 raise ExportError(
                     f"{what} has the recurrent layer '{recurrent}', which Keras on PyTorch writes out step by step, "
-                    f"for one number of steps; leave that axis out of dynamic, or export the model in a process that was "
-                    f"started with KERAS_BACKEND=tensorflow",
+                    f"for one number of steps; leave that axis out of dynamic, or export the model in a process that "
+                    f"was started with KERAS_BACKEND=tensorflow",
                     operator=type(model.get_layer(recurrent)).__name__ if _has(model, recurrent) else None,
                     where=f"layer {recurrent}",
                 ) from error

@@ -18,6 +18,7 @@ from .example import Arrays, Tree, to_numpy, tree_of, unique
 from .source import Source, Wishes, axes_of
 from .verify import first_line
 
+_FOREIGN: Final = re.compile(r"site-packages|/inferway/build/|^<|/lib/python")
 OPSET: Final = 20
 """Of every ONNX Runtime since 1.17 and every `onnx` since 1.15."""
 
@@ -203,15 +204,18 @@ def export_module(
         flat = Flat()
         flat.training = False
         try:
-            program = torch.export.export(flat, tuple(example), dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            raise _not_captured(error, names, axes, what) from error
-        try:
+            # The module itself and not a program of it: for modules the exporter knows how recurrent layers are kept.
             made = torch.onnx.export(
-                program, (), None, dynamo=True, input_names=list(names), output_names=list(outputs),
-                opset_version=opset or OPSET, verbose=False, external_data=False,
+                flat, tuple(example), None, dynamo=True, dynamic_shapes=shapes, input_names=list(names),
+                output_names=list(outputs), opset_version=opset or OPSET, verbose=False, external_data=False,
             )  # fmt: skip
         except Exception as error:
+            if type(error).__name__ == "TorchExportError":
+                raise _not_captured(error, names, what) from error
+            try:
+                program = torch.export.export(flat, tuple(example), dynamic_shapes=shapes, strict=False)
+            except Exception:  # it only says where the operator stands
+                program = None
             raise _not_converted(error, program, what) from error
         proto = made.model_proto
     strip(proto)
@@ -245,22 +249,23 @@ def strip(proto: Any) -> None:
                 graphs.extend(attribute.graphs)
 
 
-def _not_captured(
-    error: Exception, names: Sequence[str], axes: Mapping[str, Mapping[int, str]], what: str
-) -> ExportError:
+def _not_captured(error: Exception, names: Sequence[str], what: str) -> ExportError:
     """`torch.export` could not follow the module."""
     text = str(error)
-    fixed = re.search(
-        r"static shape of (\d+) for dimension inputs\['?(?:flat)?[^\]]*\]?(?:\[(\d+)\])?.*?shape\[(\d+)\]", text
-    )
-    specialized = re.search(r"(?:specialized|specialization|static shape of (\d+))", text)
     where = _user_line(error)
-    if fixed or specialized:
+    found = re.search(r"\['flat'\]\[(\d+)\]\.size\(\)\[(\d+)\].*?constant \((\d+)\)", text, re.DOTALL)
+    place, axis, length = found.groups() if found else ("", "", "")
+    if not found:
+        found = re.search(r"static shape of (\d+) for dimension inputs\['flat'\]\[(\d+)\]\.shape\[(\d+)\]", text)
+        length, place, axis = found.groups() if found else ("", "", "")
+    if found and int(place) < len(names):
         return ExportError(
-            f"{what} computes with the length of an axis as with a fixed number, so that the graph would be right for "
-            f"that length only{f' ({where})' if where else ''}: {_said(text)}",
+            f"{what} computes with axis {axis} of '{names[int(place)]}' as with the number {length} that it is in the "
+            f"example{f' ({where})' if where else ''}, so that the graph would be right for that length only; "
+            + ("take it from x.shape where it is used" if axis == "0" else "leave that axis out of dynamic, or take it "
+               "from x.shape where it is used"),
             where=where,
-        )
+        )  # fmt: skip
     return ExportError(
         f"{what} cannot be followed by torch.export{f' ({where})' if where else ''}: {_said(text)}", where=where
     )
@@ -287,7 +292,7 @@ def _not_converted(error: Exception, program: Any, what: str) -> ExportError:
     node_name = re.search(r"Error when translating node %(\w+)", text)
     where = None
     if node_name:
-        nodes = list(program.graph.nodes)
+        nodes = list(program.graph.nodes) if program is not None else []
         # The exporter takes some operators apart first: linalg_svd becomes _linalg_svd.
         base = (operator or "").rpartition(".")[2].strip("_")
         node = next((n for n in nodes if n.name == node_name[1]), None) or next(
@@ -317,15 +322,17 @@ def _place_of(node: Any) -> str | None:
     return ", ".join(parts) or None
 
 
-def _user_line(error: BaseException) -> str | None:
+def _user_line(error: BaseException | None) -> str | None:
     """The last line of the user's own code in a traceback: outside of installed packages and of this one."""
     found = None
-    trace = error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "site-packages" not in file and "/inferway/build/" not in file and not file.startswith("<"):
-            found = f"{PurePath(file).name}, line {trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
-        trace = trace.tb_next
+    while error is not None and found is None:
+        trace = error.__traceback__
+        while trace is not None:
+            file = trace.tb_frame.f_code.co_filename
+            if not _FOREIGN.search(file):
+                found = f"{PurePath(file).name}, line {trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
     return found
 
 

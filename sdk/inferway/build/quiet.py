@@ -20,27 +20,32 @@ from typing import Final
 
 import numpy as np
 
-_LOGGERS: Final = ("absl", "keras", "onnx_ir", "onnxmltools", "onnxscript", "skl2onnx", "tensorflow", "tf2onnx",
-                   "torch.export", "torch.onnx")  # fmt: skip
+_NOISY: Final = ("absl", "keras", "onnx_ir", "onnxmltools", "onnxscript", "skl2onnx", "tensorflow", "tf2onnx", "torch")
+"""Top names of loggers."""
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Nothing printed, warned, logged, or left in the working directory; random states as they were before."""
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    loggers = [
+        logging.getLogger(name)
+        for name in {*_NOISY, *logging.root.manager.loggerDict}
+        if name.partition(".")[0] in _NOISY
+    ]
+    levels = [logger.level for logger in loggers]
     python, legacy = random.getstate(), np.random.get_state()
     torch = sys.modules.get("torch")
     seed = torch.get_rng_state() if torch is not None else None
     hidden = io.StringIO()
     try:
-        for name in _LOGGERS:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings(), contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         random.setstate(python)
         np.random.set_state(legacy)
         if torch is not None and seed is not None:
