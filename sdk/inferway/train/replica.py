@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, cast
@@ -65,7 +66,7 @@ def put_into(model: Any, parameters: Vector, state: Mapping[str, NDArray[Any]]) 
     """Give a model what a training came to: trainable parameters ``(size,)`` and `Replica.state`.
 
     Raises:
-        ConfigurationError: the vector is of another model.
+        ConfigurationError: the vector, or the state, is of another model.
     """
     if _family(model) == "keras":
         _check_size(sum(int(np.prod(v.shape)) for v in model.trainable_variables), parameters)
@@ -74,9 +75,10 @@ def put_into(model: Any, parameters: Vector, state: Mapping[str, NDArray[Any]]) 
             size = int(np.prod(variable.shape))
             variable.assign(parameters[at : at + size].reshape(tuple(variable.shape)))
             at += size
-        for name, variable in _keras_state(model).items():
-            if name in state:
-                variable.assign(state[name])
+        variables = _keras_state(model)
+        _check_names(variables, state)
+        for name, array in state.items():
+            variables[name].assign(array)
         return
     import torch
 
@@ -88,9 +90,10 @@ def put_into(model: Any, parameters: Vector, state: Mapping[str, NDArray[Any]]) 
             part = np.array(parameters[at : at + parameter.numel()])
             parameter.copy_(torch.from_numpy(part).view_as(parameter))
             at += parameter.numel()
-        for name, buffer in model.named_buffers():
-            if name in state:
-                buffer.copy_(torch.from_numpy(np.array(state[name])))
+        buffers = dict(model.named_buffers())
+        _check_names(buffers, state)
+        for name, array in state.items():
+            buffers[name].copy_(torch.from_numpy(np.array(array)))
 
 
 def check_finite(loss: float, gradient: Vector, *, step: int, worker: int | None) -> None:
@@ -132,6 +135,11 @@ def _family(model: Any) -> str:
         if base.__module__.startswith("torch.nn.modules") and base.__name__ == "Module":
             return "torch"
     return ""
+
+
+def _check_names(there: Mapping[str, Any], state: Mapping[str, NDArray[Any]]) -> None:
+    if unknown := sorted(set(state) - set(there)):
+        raise ConfigurationError(f"the state is of another model: this one has no {', '.join(unknown)}")
 
 
 def _check_size(size: int, parameters: Vector) -> None:
@@ -279,10 +287,11 @@ class TorchReplica:
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         import torch
 
+        buffers = dict(self._module.named_buffers())
+        _check_names(buffers, state)
         with torch.no_grad():
-            for name, buffer in self._module.named_buffers():
-                if name in state:
-                    buffer.copy_(torch.from_numpy(np.array(state[name])))
+            for name, array in state.items():
+                buffers[name].copy_(torch.from_numpy(np.array(array)))
 
     def evaluate(self, inputs: Arrays, targets: NDArray[Any], *, batch_size: int) -> dict[str, float]:
         import torch
@@ -458,9 +467,15 @@ def _keras_factory(model: Any, loss: Loss | None, metrics: Sequence[Metric]) -> 
             raise ConfigurationError(f"Keras knows no loss '{loss}'") from error
     if not model.trainable_variables:
         raise ConfigurationError(f"the Keras model '{model.name}' has no weight that can be trained")
+    with warnings.catch_warnings():
+        # It warns of running what was read from a file; this goes to the user's own processes.
+        warnings.filterwarnings("ignore", message="The object being serialized includes a `lambda`")
+        config = keras.saving.serialize_keras_object(model)
+    # What it was compiled with may be known to this process only, and is given apart.
+    config.pop("compile_config", None)
     return _KerasFactory(
         backend,
-        keras.saving.serialize_keras_object(model),
+        config,
         [np.array(w) for w in model.get_weights()],
         _custom_objects(model),
         loss,
@@ -487,7 +502,9 @@ def _custom_objects(model: Any) -> dict[str, Any]:
 
 
 def _keras_state(model: Any) -> dict[str, Any]:
-    return {v.path: v for v in model.non_trainable_variables if v.name != _SEED_STATE}
+    # By place: a variable's path begins with the model's name in one that was made, and not in one that was read.
+    fixed = [v for v in model.non_trainable_variables if v.name != _SEED_STATE]
+    return {f"{place}/{v.name}": v for place, v in enumerate(fixed)}
 
 
 def _keras_replica(model: Any, loss: Any, metrics: Sequence[Metric]) -> Replica:
@@ -520,9 +537,10 @@ class _KerasReplica:
         return {name: np.array(_array(variable)) for name, variable in _keras_state(self._model).items()}
 
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        for name, variable in _keras_state(self._model).items():
-            if name in state:
-                variable.assign(state[name])
+        variables = _keras_state(self._model)
+        _check_names(variables, state)
+        for name, array in state.items():
+            variables[name].assign(array)
 
     def evaluate(self, inputs: Arrays, targets: NDArray[Any], *, batch_size: int) -> dict[str, float]:
         x = self._arranged({name: _fed(array) for name, array in inputs.items()})
