@@ -34,7 +34,11 @@ BENCHMARKS = {
     "lifecycle": bench_lifecycle.run,
     "embeddings": bench_embeddings.run,
 }
-SCRIPTS = {"isolation": "bench_isolation.py", "generation": "bench_generation.py"}
+SCRIPTS = {
+    "isolation": "bench_isolation.py",
+    "generation": "bench_generation.py",
+    "optimize": "bench_optimize.py",
+}
 """Those that measure inside their own process, so that each has a fresh one; they print their own figures."""
 NAMES = (*BENCHMARKS, *SCRIPTS)
 
