@@ -109,7 +109,8 @@ class Runtime:
         except DeadlineExceededError:
             raise ModelLoadError(f"its graph cannot be run: {_TRIED} tokens took {_TRY_LIMIT_S:g} s") from None
         except ModelExecutionError as error:
-            raise ModelLoadError(f"its graph cannot be run: {error.message}") from None
+            hint = f" {_FOR_CPU[0].upper()}{_FOR_CPU[1:]}." if "CUDA" in error.message else ""
+            raise ModelLoadError(f"its graph cannot be run: {error.message}{hint}") from None
         finally:
             limit.cancel()
             self._plans.clear()
