@@ -221,7 +221,8 @@ def composed(preprocessing: Preprocessing, network: OnnxModel, x: object, predic
         )
     before = _cast(before, output, after.graph.input[0].type.tensor_type.elem_type)
     merged = onnx.compose.merge_models(before, after, io_map=[(before.graph.output[0].name, entry)])
-    merged.graph.name = "pipeline"
+    # Names of its parts, which scikit-learn's export draws: without them the same model is the same file.
+    merged.graph.name, merged.graph.doc_string = "pipeline", ""
     for value in merged.graph.input:
         value.type.tensor_type.shape.dim[0].dim_param = BATCH
     session = open_session(merged)
