@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from .._errors import ConfigurationError, InsufficientResourcesError, MissingExt
 
 OBJECT_STORE_BYTES: Final = 1 << 30
 """Of a Ray that is started here. Ray's own default is 30 % of the memory; what does not fit goes to disk."""
+
+CONNECT_S: Final = 10.0
 
 _STARTED: Final = {
     "RAY_AUTH_MODE": "token",
@@ -83,6 +86,7 @@ def connect(
                 logging_level=logging.WARNING,
             )
         else:
+            _knock(address)
             try:
                 ray.init(address, configure_logging=False, log_to_driver=False, logging_level=logging.WARNING)
             except (ConnectionError, ray.exceptions.RayError, RuntimeError) as error:
@@ -127,6 +131,17 @@ def reserve(bundles: Sequence[Mapping[str, float]], *, timeout_s: float, strateg
         yield group
     finally:
         remove_placement_group(group)
+
+
+def _knock(address: str) -> None:
+    """See that somebody is there: Ray would try for minutes."""
+    host, found, port = address.removeprefix("ray://").rpartition(":")
+    if not found or not port.isdecimal():
+        return  # "auto", or a name for Ray to look up
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise ConfigurationError(f"no Ray could be reached at '{address}': {error}") from error
 
 
 def _sum(parts: Any) -> dict[str, float]:

@@ -451,7 +451,7 @@ def test_on_tensorflow_a_step_is_that_of_keras_fit() -> None:
         (lambda: replica_factory(object(), loss="mse"), UnknownFrameworkError, "Keras or PyTorch .* builtins.object"),
         (lambda: replica_factory(module()), ConfigurationError, "no loss of its own"),
         (lambda: replica_factory(module(), loss="hinge"), ConfigurationError, "there is no loss 'hinge'; there are"),
-        (lambda: replica_factory(module(), loss="mse", metrics=["auc"]), ConfigurationError, "there is no metric 'auc'"),
+        (lambda: replica_factory(module(), loss="mse", metrics=["auc"]), ConfigurationError, "no metric 'auc'"),
         (lambda: replica_factory(torch.nn.LazyLinear(3), loss="mse"), ModelNotBuiltError, "'weight' has no shape yet"),
         (lambda: replica_factory(module().double(), loss="mse"), ConfigurationError, "'0.weight' is float64"),
         (lambda: replica_factory(torch.nn.Tanh(), loss="mse"), ConfigurationError, "no parameter that can be trained"),
