@@ -204,10 +204,12 @@ def offer_of(model: ModelSource) -> Offer:
     """
     give = None if isinstance(model, type) else getattr(model, "__inferway_source__", None)
     offer: Offer = Offer(model) if give is None else give()
-    if not isinstance(offer.model, str | os.PathLike):
+    given: object = offer.model
+    if not isinstance(given, str | os.PathLike):
         return offer
-    labels, metadata = _written_facts(Path(cast("str | os.PathLike[str]", offer.model)) / FACTS_FILE)
-    return Offer(offer.model, {**labels, **offer.labels}, {**metadata, **offer.metadata}, offer.golden)
+    place = cast("str | os.PathLike[str]", given)
+    labels, metadata = _written_facts(Path(place) / FACTS_FILE)
+    return Offer(place, {**labels, **offer.labels}, {**metadata, **offer.metadata}, offer.golden)
 
 
 def _written_facts(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
