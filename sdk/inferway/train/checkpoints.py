@@ -71,9 +71,11 @@ class Checkpoints:
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 3) -> None:
         if keep < 1:
             raise ConfigurationError(f"at least 1 checkpoint has to be kept, not {keep}")
-        self.path = os.fspath(path)
+        given = os.fspath(path)
+        self.path = given.split("?")[0]
+        """Without what a URL is given besides, such as keys."""
         self._keep = keep
-        self._place: _Place = _Objects(self.path) if "://" in self.path else _Folder(Path(self.path))
+        self._place: _Place = _Objects(given) if "://" in given else _Folder(Path(given))
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, in order; they were not read."""

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +142,56 @@ def test_objects_are_refused(tmp_path: Path) -> None:
 def test_at_least_one_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="at least 1 checkpoint has to be kept, not 0"):
         Checkpoints(tmp_path, keep=0)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """``host:port`` of an object store."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        limit = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).close()
+                break
+            except OSError:
+                assert time.monotonic() < limit
+                assert process.poll() is None
+                time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_they_are_kept_in_an_object_store(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs = pytest.importorskip("pyarrow.fs")
+    for variable, value in (("AWS_ACCESS_KEY_ID", "somebody"), ("AWS_SECRET_ACCESS_KEY", "something")):
+        monkeypatch.setenv(variable, value)
+    urllib.request.urlopen(urllib.request.Request(f"http://{s3}/bucket", method="PUT"), timeout=10).close()
+    url = f"s3://bucket/trainings/one?scheme=http&endpoint_override={s3}&region=us-east-1"
+    checkpoints = Checkpoints(url, keep=2)
+    assert checkpoints.load() is None
+    for step in (5, 10, 15):
+        checkpoints.save(step, ARRAYS, FACTS)
+    assert Checkpoints(url).steps() == [10, 15]
+    files, _ = fs.FileSystem.from_uri(url)
+    name = f"bucket/trainings/one/{path_of(Path(), 15).name}"
+    with files.open_input_file(name) as stream:
+        content = stream.read()
+    with files.open_output_stream(name) as stream:
+        stream.write(cut(content))
+    with pytest.warns(CheckpointWarning, match="step 15 .* going on from step 10") as warned:
+        saved = checkpoints.load()
+    assert saved is not None
+    assert saved.step == 10
+    assert saved.facts == FACTS
+    assert saved.arrays["parameters"].tobytes() == ARRAYS["parameters"].tobytes()
+    # What a URL is given besides may be a secret.
+    assert "endpoint_override" not in str(warned[0].message)
 
 
 def test_another_kind_of_url_is_refused() -> None:
