@@ -105,7 +105,8 @@ if TYPE_CHECKING:
     from ._version import __version__
     from .build.export import to_onnx
     from .build.model import OnnxModel
-    from .build.optimize import Candidate, OptimizationReport, OutputDifference, optimize
+    from .build.optimize.api import optimize
+    from .build.optimize.report import Candidate, OptimizationReport, OutputDifference
     from .build.package import Package, package
     from .build.verify import Verification, VerifiedCase
     from .explain.explanation import Explanation
@@ -275,10 +276,10 @@ _MODULES = {
     "TensorSpec": "_signature",
     "Timeout": "_options",
     "OnnxModel": "build.model",
-    "Candidate": "build.optimize",
-    "OptimizationReport": "build.optimize",
-    "OutputDifference": "build.optimize",
-    "optimize": "build.optimize",
+    "Candidate": "build.optimize.report",
+    "OptimizationReport": "build.optimize.report",
+    "OutputDifference": "build.optimize.report",
+    "optimize": "build.optimize.api",
     "Package": "build.package",
     "package": "build.package",
     "Verification": "build.verify",
