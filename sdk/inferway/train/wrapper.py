@@ -32,6 +32,7 @@ from .fit_torch import TorchFramework
 from .history import History, larger_is_better
 from .job import CheckpointOptions, EarlyStopping, TrainingJob, TrainingResult
 from .live import Display, Shows
+from .loaders import gathered, is_source
 from .local import LocalJob
 from .preprocessing import Preprocessing, composed
 
@@ -216,8 +217,9 @@ class WrappedModel:
         """Train the model.
 
         Args:
-            x: rows: an array, a tensor, a data frame, or several inputs in a list or a mapping.
-            y: targets, as many.
+            x: rows: an array, a tensor, a data frame, or several inputs in a list or a mapping; or, read into memory
+                once, a PyTorch dataset or loader, batches ``(x, y)`` of an iterable that ends, or a Ray Data dataset.
+            y: targets, as many; None where ``x`` has them; of a Ray Data dataset the name of the column.
             epochs: how often all rows are gone through; of estimators it is none of our business.
             batch_size: rows of a step; of all workers together in sync training.
             validation_data: rows and targets that are only measured on. `optimize` compares with them later.
@@ -251,6 +253,10 @@ class WrappedModel:
         """
         if x is None:
             raise ConfigurationError("fit expects rows and targets: fit(x, y)")
+        if is_source(validation_data):
+            validation_data = gathered(validation_data, y if isinstance(y, str) else None)
+        if is_source(x):
+            x, y = gathered(x, y)
         _whole("epochs", epochs)
         _whole("batch_size", batch_size)
         _check_strategy(strategy, mode, {
@@ -258,10 +264,7 @@ class WrappedModel:
             "compression": compression,
         })  # fmt: skip
         if y is None and self._framework.family != "sklearn":
-            raise ConfigurationError(
-                "fit expects targets too: fit(x, y); a loader or a dataset is trained on by the model's own fit, "
-                "model.model.fit(dataset)"
-            )
+            raise ConfigurationError("fit expects targets too: fit(x, y)")
         if not self._framework.trains_in_steps and strategy != "local":
             raise ConfigurationError(
                 f"strategy='{strategy}' trains models of Keras and PyTorch; an estimator has no gradients to share"
