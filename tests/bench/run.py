@@ -38,6 +38,7 @@ SCRIPTS = {
     "isolation": "bench_isolation.py",
     "generation": "bench_generation.py",
     "optimize": "bench_optimize.py",
+    "training": "bench_training.py",
 }
 """Those that measure inside their own process, so that each has a fresh one; they print their own figures."""
 NAMES = (*BENCHMARKS, *SCRIPTS)
