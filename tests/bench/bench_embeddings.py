@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from inferway_gateway.core.runners import RunnerPool
 from inferway_gateway.core.stats import ModelStats
 
 IN_FLIGHT = 64
+FORMS = ("base64", "float")
 FINALISTS = 3
 WINDOW_ROWS = 32
 """Of the batcher in order of arrival: what TEI, Triton and TorchServe are commonly set to."""
@@ -64,18 +66,15 @@ def run(options: Options) -> Report:
     repository = MODELS / "embeddings"
     shutil.rmtree(repository, ignore_errors=True)
     shutil.copytree(folder, repository / "minilm")
-    bodies = [json.dumps({"model": "minilm", "input": text, "encoding_format": "base64"}).encode() for text in texts]
+    jobs: dict[str, Job] = {}
     with (
         gateway(repository, "Inferway embeddings") as ours,
         _inside(folder, texts) as inside,
         _sentence_transformers(texts, cpus, report) as rival,
     ):
-        job = Job("/v1/embeddings", bodies, {"Content-Type": "application/json", **ours.authorization})
-        reply = ask(ours.server, job, 0)
-        if reply.status != 200:
-            raise BenchError(f"/v1/embeddings answered {reply.status}: {reply.body[:300]!r}")
 
-        def http() -> Mapping[str, float]:
+        def http(form: str) -> Mapping[str, float]:
+            job = jobs[form]
             before = ours.batch_counters("minilm")
             seen = wrk(ours.server, job, connections=IN_FLIGHT, seconds=options.seconds)
             after = ours.batch_counters("minilm")
@@ -88,7 +87,15 @@ def run(options: Options) -> Report:
         by_arrival = f"in order of arrival: {arrival.text()}"
         contestants[by_arrival] = _loop(workload, sessions, arrival, options.seconds)
         contestants["Inferway in this process"] = lambda: inside(options.seconds)
-        contestants["Inferway /v1/embeddings"] = http
+        for form in FORMS:
+            bodies = [
+                json.dumps({"model": "minilm", "input": text, "encoding_format": form}).encode() for text in texts
+            ]
+            jobs[form] = Job("/v1/embeddings", bodies, {"Content-Type": "application/json", **ours.authorization})
+            reply = ask(ours.server, jobs[form], 0)
+            if reply.status != 200:
+                raise BenchError(f"/v1/embeddings answered {reply.status}: {reply.body[:300]!r}")
+            contestants[f"Inferway /v1/embeddings, {form}"] = partial(http, form)
         if rival is not None:
             for batch in (8, 32):
                 contestants[f"{ST}: encode, batch_size {batch}"] = _asked(rival, batch, options.seconds)
@@ -109,7 +116,8 @@ def run(options: Options) -> Report:
         ["", "texts/s", "of the best tuned", "CPU µs/text", "rows/run", "p99 ms"],
         rows,
     )
-    http_rate = seen["Inferway /v1/embeddings"]["rows"].median
+    # Of both forms the slower one counts.
+    http_rate = min(seen[f"Inferway /v1/embeddings, {form}"]["rows"].median for form in FORMS)
     report.check(Check("HTTP over the best tuned loop", http_rate / best, 0.95))
     report.check(
         Check("in process over the best tuned loop", seen["Inferway in this process"]["rows"].median / best, 0.95)
