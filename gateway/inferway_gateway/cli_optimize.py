@@ -88,11 +88,10 @@ def _optimize(args: argparse.Namespace) -> int:
         return _fail(f"expected {target.parent} to be a folder to write into, and there is none", 2)
     progress = _Progress(args.quiet or args.json or not sys.stderr.isatty())
     try:
-        from inferway import ConfigurationError, MissingExtraError, optimize
-        from inferway.build.optimize.given import onnx_of
+        from inferway import ConfigurationError, MissingExtraError, optimize, to_onnx
 
         try:
-            model = onnx_of(args.model, None)
+            model = to_onnx(args.model)
             names = [spec.name for spec in model.inputs]
             inputs, labels = read_file(args.data, names, args.labels)
             calibration = None if args.calibration is None else read_file(args.calibration, names, args.labels)[0]

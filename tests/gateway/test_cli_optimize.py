@@ -77,7 +77,7 @@ def test_the_picture_is_drawn_and_calibration_taken_from_its_file(
     ("arguments", "status", "words"),
     [
         (["missing.onnx", "--data", "rows.npz"], 2, "expected missing.onnx to be an ONNX file, and there is none"),
-        (["rows.npz", "--data", "rows.npz"], 2, "rows.npz is no ONNX model"),
+        (["rows.npz", "--data", "rows.npz"], 2, "rows.npz cannot be read as an ONNX model"),
         (
             ["model.onnx", "--data", "missing.npz"],
             1,

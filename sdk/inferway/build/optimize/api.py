@@ -14,12 +14,13 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from ..._errors import BuildError, CalibrationError, ConfigurationError, MissingExtraError
+from ..export import family_of
 from ..model import GOLDEN_ATOL, GOLDEN_ROWS, GOLDEN_RTOL, GOLDEN_VALUES, OnnxModel
+from ..package import model_of
 from ..runtime import is_large
 from ..verify import first_line
 from . import prune
-from .data import Array, Rows, Split, read_rows, require_batch_axis, split
-from .given import onnx_of
+from .data import Array, Rows, Split, read_rows, require_batch_axis, require_data, split
 from .measure import Runner, Timing, open_runner, race
 from .metrics import Metric, MetricArgument, Outputs, make_metric
 from .report import Candidate, OptimizationReport, OutputDifference, mark_pareto
@@ -97,11 +98,12 @@ def optimize(
     _require_extra()
     _check(objective, max_drop, sparsity, threads, batch_sizes, rounds)
     families(techniques)
+    require_data(data)
     told = on_progress or (lambda _: None)
     source = model if prune.framework_of(model) is not None else None
-    if example is None and source is not None:
+    if example is None and not _is_onnx(model):
         example = _head_of(data)
-    original = onnx_of(model, example) if export is None else export(model)
+    original = model_of(model, example) if export is None else export(model)
     if is_large(original.proto):
         raise BuildError("the model is longer than 2 GiB, and models of that size are not optimised here")
     require_batch_axis(original.signature)
@@ -265,6 +267,10 @@ def _choose(
     pool = [c for c in within if c.independent_rows] if independent else within
     chosen = _best(pool or within, objective, batch)
     reason = _gain(chosen, original, objective, batch) + f", and {_lost(metric, chosen, original)}"
+    slower = [size for size, timing in chosen.timings.items() if timing.slower]
+    if slower:
+        told = ", ".join(f"{chosen.timings[size].speedup:.2f} times as fast at batch {size}" for size in slower)
+        reason += f"; it is slower elsewhere ({told})"
     passed = _best(within, objective, batch)
     if passed is not chosen and not passed.independent_rows:
         gain = _gain(passed, original, objective, batch)
@@ -304,7 +310,7 @@ def _gain(candidate: Candidate, original: Candidate, objective: str, batch: int)
 
 def _lost(metric: Metric, candidate: Candidate, original: Candidate) -> str:
     change = f"{metric.name} {original.metric:.4g} → {candidate.metric:.4g}"
-    if abs(candidate.drop) < 5e-5:
+    if abs(candidate.drop) < 5e-5 or f"{original.metric:.4g}" == f"{candidate.metric:.4g}":
         return f"loses nothing ({change})"
     if candidate.drop < 0:
         return f"gains ({change})"
@@ -372,17 +378,22 @@ def _compressed(candidate: Candidate) -> int:
 
 
 def _exporter(example: Any) -> Callable[[Any], OnnxModel]:
-    return lambda model: onnx_of(model, example)
+    return lambda model: model_of(model, example)
+
+
+def _is_onnx(model: Any) -> bool:
+    """Whether it is ONNX already, so that no example is needed.
+
+    Raises:
+        UnknownFrameworkError: it is a model of no framework that is known.
+    """
+    offers = not isinstance(model, type) and hasattr(model, "__inferway_source__")
+    return isinstance(model, OnnxModel) or offers or family_of(model) == "onnx"
 
 
 def _head_of(data: Any) -> Any:
     """The first rows of what will be measured, as an example for the exporter."""
     given = data[0] if isinstance(data, tuple) and data else data
-    if given is None:
-        raise CalibrationError(
-            "data is missing: rows as the model takes them are needed to calibrate and to measure with; give "
-            "data=(x, y), or data=x where there are no labels"
-        )
     if isinstance(given, Mapping):
         return {name: part[:_EXAMPLE_ROWS] for name, part in given.items()}
     return given[:_EXAMPLE_ROWS]

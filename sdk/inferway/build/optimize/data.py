@@ -89,11 +89,7 @@ def read_rows(
         CalibrationError: nothing was given, an input does not fit (which, what was expected, what came), inputs or
             labels are of different lengths, or there are numbers that are none.
     """
-    if data is None:
-        raise CalibrationError(
-            f"{name} is missing: rows as the model takes them are needed to calibrate and to measure with; give "
-            f"{name}=(x, y), or {name}=x where there are no labels"
-        )
+    require_data(data, name)
     given, labels = _parted(data)
     try:
         arrays = {spec.name: array for spec, array in fit(signature, given)}
@@ -114,6 +110,25 @@ def read_rows(
             raise CalibrationError(f"y has {len(labels)} rows and x has {count}: expected a label for each row")
         _require_finite(labels, f"y of {name}")
     return Rows(arrays, labels, count)
+
+
+def require_data(data: object, name: str = "data") -> None:
+    """Refuse what is no data at all, before anything is made of it.
+
+    Raises:
+        CalibrationError: nothing was given, a path, or a list of arrays in place of a pair.
+    """
+    if data is None:
+        raise CalibrationError(
+            f"{name} is missing: rows as the model takes them are needed to calibrate and to measure with; give "
+            f"{name}=(x, y), or {name}=x where there are no labels"
+        )
+    if isinstance(data, str | bytes | os.PathLike):
+        raise CalibrationError(f"{name} is a path, expected the rows themselves: numpy.load reads .npz and .npy files")
+    if isinstance(data, list) and data and hasattr(data[0], "shape") and len({len(part) for part in data}) == 1:
+        first = getattr(data[0], "ndim", 1)
+        if any(getattr(part, "ndim", 1) != first for part in data):
+            raise CalibrationError(f"{name} is a list of {len(data)} arrays; a pair of x and y is a tuple: (x, y)")
 
 
 def _parted(data: object) -> tuple[object, Array | None]:

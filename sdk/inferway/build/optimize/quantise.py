@@ -32,6 +32,9 @@ from .data import Array, Rows
 
 Calibration = Literal["minmax", "entropy", "percentile"]
 CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose", "ConvInteger", "QLinearConv"})
+_QUANTISED: Final = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "MatMulInteger"}
+)
 _PRODUCTS: Final = frozenset({"MatMul", "Gemm"})
 _HISTOGRAM_ROWS: Final = 128
 """Entropy and percentile keep every value of every calibration row in memory until the end."""
@@ -58,6 +61,7 @@ class Facts:
         weight_share: how much of the constants' bytes these matrices are.
         float_bytes: of FP32 constants.
         quantised: it has quantised operators already.
+        double: its products are of FP64, which nothing here quantises.
         transformer: it normalises layers, has a softmax between products, and is mostly matrices.
     """
 
@@ -67,6 +71,7 @@ class Facts:
     weight_share: float
     float_bytes: int
     quantised: bool
+    double: bool
 
     @property
     def convolutional(self) -> bool:
@@ -85,6 +90,7 @@ def read_graph(proto: Any) -> Facts:
     """Look through a ``ModelProto``."""
     operators = {node.op_type for node in _nodes(proto.graph)}
     constants = {t.name: t for t in proto.graph.initializer if t.data_type == onnx_module().TensorProto.FLOAT}
+    doubles = {t.name for t in proto.graph.initializer if t.data_type == onnx_module().TensorProto.DOUBLE}
     sizes = {name: 4 * int(np.prod(t.dims, dtype=np.int64)) for name, t in constants.items()}
     named = named_nodes(proto)
     weighted = [n for n in named if n.op_type in _PRODUCTS and n.input[1] in constants and n.input[0] not in constants]
@@ -96,9 +102,8 @@ def read_graph(proto: Any) -> Facts:
         tuple(n.name for n in named if n.op_type == "Gather" and sizes.get(n.input[0], 0) >= _TABLE_BYTES),
         sum(sizes[name] for name in matrices) / total if total else 0.0,
         total,
-        bool(
-            operators & {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "MatMulInteger"}
-        ),
+        bool(operators & _QUANTISED),
+        any(n.op_type in _PRODUCTS and not doubles.isdisjoint(n.input) for n in named),
     )
 
 
@@ -174,8 +179,18 @@ def prepared(proto: Any) -> Any:
             source = folder / "source.onnx"
             source.write_bytes(proto.SerializeToString())
             quant_pre_process(str(source), str(folder / "model.onnx"), skip_symbolic_shape=True)
-            return _loaded(folder / "model.onnx")
-        return copied(proto)
+            return _with_flat_biases(_loaded(folder / "model.onnx"))
+        return _with_flat_biases(copied(proto))
+
+
+def _with_flat_biases(proto: Any) -> Any:
+    """Biases of shape ``[n]`` in place of ``[1, n]``, which means the same and which the quantiser cannot take."""
+    biases = {node.input[2] for node in proto.graph.node if node.op_type == "Gemm" and len(node.input) > 2}
+    others = {n for node in proto.graph.node for i, n in enumerate(node.input) if node.op_type != "Gemm" or i != 2}
+    for tensor in proto.graph.initializer:
+        if tensor.name in biases - others and len(tensor.dims) == 2 and tensor.dims[0] == 1:
+            del tensor.dims[0]
+    return proto
 
 
 class _Reader:

@@ -179,6 +179,8 @@ class _Planner:
         facts = self.bench.facts
         if facts.quantised:
             self._skip(name, technique, "the model is quantised already")
+        elif facts.double and not facts.weighted:
+            self._skip(name, technique, "the model computes in FP64; exported with FP32 inputs it could be")
         elif not facts.weighted and not facts.convolutional:
             self._skip(name, technique, "the model has no products with constant matrices and no convolutions")
         else:
