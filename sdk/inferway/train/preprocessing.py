@@ -17,13 +17,21 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .._errors import ConfigurationError, ExportError, InvalidInputError, MissingExtraError, ModelNotBuiltError
+from .._errors import (
+    BuildError,
+    ConfigurationError,
+    ExportError,
+    InvalidInputError,
+    MissingExtraError,
+    ModelNotBuiltError,
+)
 from ..build.example import is_frame, to_numpy
 from ..build.model import OnnxModel
 from .data import ONLY, cut
 
 _PREFIX: Final = "preprocessing_"
 _VERIFIED_ROWS: Final = 64
+_CLOSE: Final = 1e-4
 
 
 class Preprocessing:
@@ -53,13 +61,17 @@ class Preprocessing:
         self.columns: tuple[str, ...] = ()
         self._text: frozenset[str] = frozenset()
         self._width = 0
+        self._session: Any = None
 
-    def fit(self, x: object, y: object) -> None:
+    def fit(self, x: object, y: object, *, as_served: bool = False) -> None:
         """Fit to the rows that are trained on; the second time nothing happens, for a network was trained on the first.
 
         Args:
             x: a data frame, or an array ``(rows, columns)`` of numbers.
             y: targets, for transformers that look at them.
+            as_served: have `transform` give what the served graph will give, to the last bit, where there is such a
+                graph. Trees ask for it: they part rows at values that are rows' own, so that a number rounded the
+                other way in the graph would be another prediction.
         Raises:
             InvalidInputError: it is no table, or a column is of a type that a model cannot be given.
         """
@@ -75,6 +87,19 @@ class Preprocessing:
         self._width = table.shape[1]
         self.transformer.fit(table, None if y is None else np.asarray(y))
         self.fitted = True
+        if as_served:
+            self._session = self._served(x)
+
+    def _served(self, x: Any) -> Any:
+        """A session of the graph; None where there is none, or it computes something else, as exporting will tell."""
+        from ..build.runtime import open_session, run
+
+        try:
+            session = open_session(self.graph(cut(x, slice(0, _VERIFIED_ROWS)))[0])
+            (found,) = run(session, self.wire(x)).values()
+        except BuildError:
+            return None
+        return session if np.allclose(found, self.transform(x), rtol=_CLOSE, atol=_CLOSE) else None
 
     def transform(self, x: object) -> NDArray[np.float32]:
         """Rows as the network takes them, ``(rows, features)``.
@@ -90,6 +115,10 @@ class Preprocessing:
             made = self.transformer.transform(table)
         except (ValueError, TypeError) as error:
             raise InvalidInputError(f"the preprocessing cannot take these rows: {error}") from error
+        if self._session is not None:
+            from ..build.runtime import run
+
+            (made,) = run(self._session, self.wire(x)).values()
         return _dense(made)
 
     def wire(self, x: object) -> Any:
@@ -202,6 +231,7 @@ def composed(preprocessing: Preprocessing, network: OnnxModel, x: object, predic
     """
     import onnx
 
+    from ..build.graph import rename
     from ..build.runtime import open_session, run
     from ..build.verify import BATCH, Run, verify
 
@@ -210,17 +240,16 @@ def composed(preprocessing: Preprocessing, network: OnnxModel, x: object, predic
             f"preprocessing makes one table, and the network takes {len(network.inputs)} inputs: expected one"
         )
     before, output = preprocessing.graph(x)
-    after = onnx.compose.add_prefix(network.proto, "network_", rename_inputs=True, rename_outputs=False)
+    after = onnx.compose.add_prefix(network.proto, "network_", rename_inputs=True, rename_outputs=True)
     entry = after.graph.input[0].name
     after, before = _aligned(after, before)
-    names = {value.name for value in before.graph.input}
-    taken = {value.name for value in after.graph.output} & names
+    outputs = [spec.name for spec in network.outputs]
+    taken = sorted({value.name for value in before.graph.input} & set(outputs))
     if taken:
-        raise ExportError(
-            f"the column {sorted(taken)[0]!r} has the name of an output of the network; rename the column"
-        )
+        raise ExportError(f"the column {taken[0]!r} has the name of an output of the network; rename the column")
     before = _cast(before, output, after.graph.input[0].type.tensor_type.elem_type)
     merged = onnx.compose.merge_models(before, after, io_map=[(before.graph.output[0].name, entry)])
+    rename(merged, [f"network_{name}" for name in outputs], outputs)
     # Names of its parts, which scikit-learn's export draws: without them the same model is the same file.
     merged.graph.name, merged.graph.doc_string = "pipeline", ""
     for value in merged.graph.input:

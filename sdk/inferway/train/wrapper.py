@@ -318,7 +318,7 @@ class WrappedModel:
         if y is not None and rows_in(x) != rows_in(y):
             raise InvalidInputError(f"x has {rows_in(x)} rows and y has {rows_in(y)}; expected as many targets as rows")
         if self._preprocessing is not None:
-            self._preprocessing.fit(x, y)
+            self._preprocessing.fit(x, y, as_served=True)
         table = self._table(x)
         held = None if validation is None else (self._table(validation[0]), validation[1])
         history = self._framework.fit_table(table, y, held, job)
@@ -623,7 +623,7 @@ class WrappedModel:
         """The name given, or the model's own, in the letters that names are made of."""
         own = name or self._label or getattr(self._model, "name", None)
         if not isinstance(own, str):
-            own = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(self._model).__name__).lower()
+            own = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(self._model).__name__).lower()
         return own if name is not None else re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-._") or "model"
 
 

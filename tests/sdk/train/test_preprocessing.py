@@ -154,6 +154,34 @@ def test_an_estimator_has_its_preprocessing_in_the_graph_too() -> None:
     assert model.score(frame, y) == pytest.approx(model.evaluate(frame, y)["accuracy"])
 
 
+def booster(name: str) -> Any:
+    if name == "xgboost":
+        from xgboost import XGBClassifier
+
+        return XGBClassifier(n_estimators=6, max_depth=3)
+    if name == "lightgbm":
+        from lightgbm import LGBMClassifier
+
+        return LGBMClassifier(n_estimators=6, verbose=-1)
+    from catboost import CatBoostClassifier
+
+    return CatBoostClassifier(iterations=6, verbose=0, allow_writing_files=False)
+
+
+@pytest.mark.parametrize("name", ["xgboost", "lightgbm", "catboost"])
+def test_trees_part_rows_in_the_graph_where_they_do_here(name: str) -> None:
+    frame, y = people()
+    model = inferway.wrap(booster(name), preprocessing=columns())
+    model.fit(frame, y, validation_split=0.2)
+    assert model._preprocessing is not None
+    found = model.onnx.run(model._preprocessing.wire(frame))
+    assert np.array_equal(found["label"], model.predict(frame))
+    assert np.allclose(found["probabilities"], model.predict_proba(frame), atol=1e-5)
+    plain = Preprocessing(columns())
+    plain.fit(frame[:128], y[:128])
+    assert np.allclose(model._preprocessing.transform(frame), plain.transform(frame), atol=1e-5)
+
+
 def test_what_was_optimised_keeps_its_preprocessing() -> None:
     frame, y = people()
     model = network(8, columns())
