@@ -12,6 +12,7 @@ Parameters on their way back are not compressed: an error there would be one of 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -93,7 +94,7 @@ class Compressor:
             scale = float(max(gradient.max(), -gradient.min()))
             # Of an all-zero part, or of one so small that a share of it would overflow.
             scale = scale if scale > 1e-30 else 1.0
-            return Packed((gradient * np.float32(1 / scale)).astype(np.float16), scale)
+            return Packed(_halves(gradient * np.float32(1 / scale)), scale)
         residual = self.residual[start : start + len(gradient)]
         residual += gradient
         count = max(1, round(self._fraction * len(gradient)))
@@ -105,3 +106,15 @@ class Compressor:
         values = residual[places]
         residual[places] = 0.0
         return Packed(values, 1.0, places)
+
+
+def _halves(values: Vector) -> NDArray[np.float16]:
+    """FP32 as FP16, to the nearest, ties to even."""
+    if "torch" in sys.modules:
+        # A tenth of numpy's time (5 million values, one thread: 0.65 ms against 7.4; 2026-11-23, AMD EPYC). It is not
+        # imported for this: a worker has it, where its model is one of PyTorch.
+        import torch
+
+        halves: NDArray[np.float16] = torch.from_numpy(values).half().numpy()
+        return halves
+    return values.astype(np.float16)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from inferway import ConfigurationError
-from inferway.train.compression import Compressor
+from inferway.train.compression import Compressor, _halves
 from inferway.train.job import Vector
 
 
@@ -37,6 +39,17 @@ def test_half_precision_is_near_whatever_the_size_of_the_values(seed: int, power
 def test_half_precision_of_zeros_is_zeros() -> None:
     packed = Compressor("fp16", 8).pack(np.zeros(8, np.float32), 0)
     assert not packed.whole(np.ones(8, np.float32)).any()
+
+
+@pytest.mark.torch
+def test_halves_are_the_same_whoever_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    values = np.concatenate([gradient(scale=10.0**power) for power in range(-9, 1)]).clip(-1, 1)
+    by_torch = _halves(values)
+    monkeypatch.delitem(sys.modules, "torch")
+    by_numpy = _halves(values)
+    assert (np.abs(by_numpy) < 6e-5).any(), "none that is subnormal"
+    assert by_torch.tobytes() == by_numpy.tobytes()
 
 
 def test_the_largest_are_sent_and_the_rest_is_kept() -> None:
