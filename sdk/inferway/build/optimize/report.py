@@ -197,16 +197,17 @@ class OptimizationReport:
 
     def __str__(self) -> str:
         parts = [f"{'Chosen: ' + self.chosen.name if self.changed else 'No change'}: {self.reason}", "", self.table()]
-        differing = [c for c in self.measured if c.differences and c is not self.original]
+        differing = self._differences()
         if differing:
             parts += [
                 "",
                 "Difference to the original's outputs on the held-out rows (in percent of their mean absolute value):",
             ]
-            wide = max(len(c.name) for c in differing)
-            for candidate in differing:
-                for number, difference in enumerate(candidate.differences):
-                    parts.append(f"  {(candidate.name if not number else '').ljust(wide)}  {difference}")
+            wide = max(len(name) for name, _ in differing)
+            before = ""
+            for name, difference in differing:
+                parts.append(f"  {(name if name != before else '').ljust(wide)}  {difference}")
+                before = name
         for word, status in (("Failed", "failed"), ("Not tried", "skipped")):
             found = [c for c in self.candidates if c.status == status]
             if found:
@@ -218,31 +219,27 @@ class OptimizationReport:
 
     def _repr_html_(self) -> str:
         header, rows = self._rows()
-        head = "".join(
-            f"<th style='text-align:{'right' if i else 'left'}'>{html.escape(cell)}</th>"
-            for i, cell in enumerate(header)
-        )
+        styles = [f"text-align:{side};padding:.15em .7em;white-space:pre" for side in ("left", "right")]
+        head = "".join(f"<th style='{styles[i > 0]}'>{html.escape(cell)}</th>" for i, cell in enumerate(header))
         body = []
         for candidate, row in zip(self.measured, rows, strict=True):
             weight = "font-weight:bold;" if candidate is self.chosen else ""
             faded = "" if candidate.pareto or candidate is self.chosen else "opacity:.7;"
-            cells = "".join(
-                f"<td style='text-align:{'right' if i else 'left'}'>{html.escape(cell)}</td>"
-                for i, cell in enumerate(row)
-            )
-            body.append(f"<tr style='{weight}{faded}'>{cells}</tr>")
-        rest = [f"<li>{html.escape(f'{c.name}: {c.reason}')}</li>" for c in self.candidates if c.status != "measured"]
+            cells = "".join(f"<td style='{styles[i > 0]}'>{html.escape(cell)}</td>" for i, cell in enumerate(row))
+            body.append(f"<tr style='font-variant-numeric:tabular-nums;{weight}{faded}'>{cells}</tr>")
         word = f"Chosen: {self.chosen.name}" if self.changed else "No change"
+        rest = [f"{c.name}: {c.reason}" for c in self.candidates if c.status != "measured"]
+        apart = [f"{name}: {difference}" for name, difference in self._differences()]
         return (
             f"<p><b>{html.escape(word)}</b>: {html.escape(self.reason)}</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-            + (
-                f"<details><summary>Failed or not tried: {len(rest)}</summary><ul>{''.join(rest)}</ul></details>"
-                if rest
-                else ""
-            )
+            + _details("Difference to the original's outputs (in percent of their mean absolute value)", apart)
+            + _details(f"Failed or not tried: {len(rest)}", rest)
             + "".join(f"<p style='margin:.2em 0'><small>{html.escape(fact)}</small></p>" for fact in self._facts())
         )
+
+    def _differences(self) -> list[tuple[str, OutputDifference]]:
+        return [(c.name, found) for c in self.measured if c is not self.original for found in c.differences]
 
     def __inferway_source__(self) -> Offer:
         """What ``client.models.deploy`` takes in its place.
@@ -301,6 +298,12 @@ class OptimizationReport:
                 noted.setdefault(note, []).append(candidate.name)
         facts += [f"{', '.join(names)}: {note}." for note, names in noted.items()]
         return [*facts, *self.notes]
+
+
+def _details(title: str, lines: Sequence[str]) -> str:
+    """Lines that a notebook shows when they are asked for."""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<details><summary>{html.escape(title)}</summary><ul>{items}</ul></details>" if lines else ""
 
 
 def _label(name: str) -> str:
