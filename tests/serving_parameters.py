@@ -140,6 +140,13 @@ class Fail:
         raise KeyError(self.text)
 
 
+class TwoPartError(Exception):
+    """Cannot be unpickled: it is made of two things and keeps one."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
 @dataclass(frozen=True)
 class Held:
     """Keeps a worker at a step until another one has come to one of its own, then writes down how far that has come.

@@ -623,13 +623,24 @@ class _Fleet:
     def _fail(self, failure: Failure) -> None:
         if failure.lost:
             raise _LostError(failure.text.strip().splitlines()[-1])
-        if failure.error is None:
-            raise TrainingError(f"a worker failed at step {failure.step + 1}:\n{failure.text}")
-        from ray import cloudpickle
-
-        error: Exception = cloudpickle.loads(failure.error)
-        error.add_note(f"raised in a worker at step {failure.step + 1}:\n{failure.text}")
+        where = f"raised in a worker at step {failure.step + 1}:\n{failure.text}"
+        error = _unpickled(failure.error)
+        if error is None:
+            raise TrainingError(where)
+        error.add_note(where)
         raise error
+
+
+def _unpickled(content: bytes | None) -> Exception | None:
+    from ray import cloudpickle
+
+    if content is None:
+        return None
+    try:
+        error = cloudpickle.loads(content)
+    except Exception:  # one whose class wants other arguments than it keeps
+        return None
+    return error if isinstance(error, Exception) else None
 
 
 def _last_line(error: Exception) -> str:

@@ -18,9 +18,10 @@ from inferway import ConfigurationError, InsufficientResourcesError, TrainingDiv
 from inferway.train import parameter_server
 from inferway.train.checkpoints import Checkpoints, CheckpointWarning
 from inferway.train.job import CheckpointOptions, EarlyStopping, OptimizerSpec, Progress, TrainingJob, TrainingResult
+from inferway.train.optimizers import make_optimizer
 from inferway.train.plan import Plan
 from inferway.train.replica import replica_factory
-from serving_parameters import Event, Fail, Held, Kill, Linear, Scripted, linear_job
+from serving_parameters import Event, Fail, Held, Kill, Linear, Scripted, TwoPartError, linear_job
 from training import alone, digits_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch, pytest.mark.slow, pytest.mark.xdist_group("ray")]
@@ -120,7 +121,7 @@ def test_the_same_seed_gives_the_same_to_the_bit_whatever_the_shards(undisturbed
     assert other.parameters.tobytes() != undisturbed.parameters.tobytes()
 
 
-def test_a_keras_model_with_dropout_and_running_means_trains_again_the_same() -> None:
+def test_a_keras_model_with_dropout_and_running_means_is_what_its_workers_would_be_here() -> None:
     keras = pytest.importorskip("keras")
     keras.utils.set_random_seed(1)
     layers = keras.layers
@@ -129,10 +130,27 @@ def test_a_keras_model_with_dropout_and_running_means_trains_again_the_same() ->
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     job = digits_job(replica=replica_factory(model, loss=loss, metrics=["accuracy"]), epochs=1)
-    first, second = (parameter_server.fit(job, workers=2) for _ in range(2))
-    same(first, second)
-    means = next(value for name, value in first.state.items() if name.endswith("moving_mean"))
-    assert np.abs(means).max() > 0
+    result = parameter_server.fit(job, workers=2)
+
+    plan = Plan(job.rows, job.batch_size, 2, job.seed)
+    replicas = [job.replica() for _ in range(2)]
+    parameters, gradient, total = np.zeros((3, replicas[0].size), np.float32)
+    replicas[0].read(parameters)
+    optimizer = make_optimizer(job.optimizer, len(parameters))
+    for step in range(plan.steps):
+        total.fill(0)
+        for worker, replica in enumerate(replicas):
+            part = plan.part(0, step, worker)
+            inputs = {"x": job.inputs["x"][part.rows]}
+            replica.gradient(inputs, job.targets[part.rows], gradient, seed=plan.noise(0, step, worker))
+            total += np.float32(part.weight) * gradient
+        optimizer.step(parameters, total)
+        for replica in replicas:
+            replica.load(parameters)
+    assert np.abs(result.parameters - parameters).max() < 1e-5
+    for name, array in result.state.items():
+        assert np.allclose(array, (replicas[0].state()[name] + replicas[1].state()[name]) / 2, atol=1e-5)
+    assert {name.partition("/")[2] for name in result.state} == {"moving_mean", "moving_variance"}
 
 
 def breast_cancer_job() -> TrainingJob:
@@ -371,6 +389,14 @@ def test_an_error_of_the_users_code_comes_back_as_itself() -> None:
     note = "".join(caught.value.__notes__)
     assert "raised in a worker at step 3" in note
     assert "serving_parameters.py" in note
+
+
+def test_an_error_that_cannot_travel_comes_back_as_its_text() -> None:
+    def replica() -> Any:
+        raise TwoPartError("no such", "column")
+
+    with pytest.raises(TrainingError, match=r"raised in a worker at step 1:(.|\n)*TwoPartError: no such"):
+        parameter_server.fit(linear_job(replica=replica), workers=1)
 
 
 def test_an_error_while_the_model_is_made_comes_back_as_itself() -> None:
