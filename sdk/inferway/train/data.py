@@ -97,6 +97,11 @@ def targets_of(y: object, rows: int) -> NDArray[Any]:
     """
     if y is None:
         raise ConfigurationError("fit expects targets too: fit(x, y)")
+    if not is_array(y):
+        raise ConfigurationError(
+            "fit takes one array of targets; a model with several is trained by its own fit, "
+            "model.model.fit(x, [y1, y2]), and wrapped again with inferway.wrap(model, fitted=True)"
+        )
     array = to_numpy(y, "y")
     if array.ndim == 0 or len(array) != rows:
         raise InvalidInputError(
@@ -201,6 +206,8 @@ def rows_in(x: Any) -> int:
         return rows_in(next(iter(x.values()))) if x else 0
     if not is_array(x):
         return rows_in(x[0])
+    if not hasattr(x, "__len__") or isinstance(x, str):
+        raise InvalidInputError(f"expected rows, such as an array (rows, …), got {type(x).__name__}")
     return len(x)
 
 

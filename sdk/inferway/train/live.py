@@ -67,9 +67,12 @@ class Display:
             self._bar = None
 
     def _words(self, loss: float) -> str:
+        # In the order in which it may be cut off at the end of a line.
         curve = self._curves.get("val_loss") or self._curves.get("loss") or []
-        last = [f"{name} {number(values[-1])}" for name, values in self._curves.items() if name != "loss" and values]
-        return "  ".join([f"loss {number(loss)}", *last[:_SHOWN], sparkline(curve, 12)]).rstrip()
+        last = {name: values[-1] for name, values in self._curves.items() if name != "loss" and values}
+        first = sorted(last, key=lambda name: not name.startswith("val_"))
+        shown = [f"{name} {number(last[name])}" for name in first[:_SHOWN]]
+        return "  ".join([f"loss {number(loss)} {sparkline(curve, 12)}".rstrip(), *shown])
 
 
 class _Plot:
@@ -93,7 +96,10 @@ def _bar(total: int, done: int, notebook: bool) -> Any:
         return _Line(total, done)
     module = "tqdm.notebook" if notebook and find_spec("ipywidgets") is not None else "tqdm.std"
     made: Any = import_module(module).tqdm
-    return made(total=total, initial=done, unit="step", dynamic_ncols=True, leave=True, mininterval=_REDRAW_S)
+    return made(
+        total=total, initial=done, unit="step", dynamic_ncols=True, leave=True, mininterval=_REDRAW_S,
+        bar_format="{desc} |{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+    )  # fmt: skip
 
 
 class _Line:

@@ -270,7 +270,10 @@ class WrappedModel:
                 f"strategy='{strategy}' trains models of Keras and PyTorch; an estimator has no gradients to share"
             )
         self._framework.require_compiled()
+        rows = rows_in(x)
         raw, y, validation = self._validation(x, y, validation_data, validation_split)
+        if validation_split and rows_in(options.get("sample_weight", ())) == rows:
+            options["sample_weight"] = cut(options["sample_weight"], slice(0, rows_in(raw)))
         stopping = _stopping(early_stopping)
         kept = _checkpoint_options(checkpoints)
         shown = Display(False if progress is None and "verbose" in options else progress)

@@ -146,6 +146,11 @@ def test_options_of_keras_reach_it() -> None:
     callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(epoch))
     of_keras().fit(x, y, epochs=2, callbacks=[callback], class_weight={0: 1.0, 1: 2.0})
     assert seen == [0, 1]
+    # Weights are shared out as the rows are: only those that are trained on count.
+    weighed, alone = of_keras(), of_keras()
+    weighed.fit(x, y, seed=1, validation_split=0.5, sample_weight=np.repeat([1.0, 100.0], 120))
+    alone.fit(x[:120], y[:120], seed=1)
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(weights(weighed), weights(alone), strict=True))
 
 
 @MAKERS
@@ -331,6 +336,8 @@ def wrong(name: str) -> tuple[WrappedModel, dict[str, Any]]:
         "half classes": (lambda: of_torch(last=three, loss=sparse), {"x": x, "y": y + 0.5}),
         "text": (of_torch, {"x": x, "y": np.where(y == 1, "yes", "no")}),
         "NaN target": (of_torch, {"x": x, "y": np.where(np.arange(240) == 9, np.nan, y)}),
+        "no array": (of_torch, {"x": 3, "y": y}),
+        "several targets": (of_torch, {"x": x, "y": [y, y]}),
         "no rows": (of_torch, {"x": x[:0], "y": y[:0]}),
         "unequal inputs": (of_torch, {"x": {"a": x, "b": x[:3]}, "y": y}),
         "text input": (of_torch, {"x": np.full((240, 8), "a", object), "y": y}),
@@ -377,6 +384,8 @@ def wrong(name: str) -> tuple[WrappedModel, dict[str, Any]]:
         ("half classes", inferway.InvalidInputError, r"classes as whole numbers, got"),
         ("text", inferway.InvalidInputError, r"numbers as targets, got text such as .*LabelEncoder"),
         ("NaN target", inferway.InvalidInputError, r"y holds 1 rows that are NaN or infinite, the first is row 9"),
+        ("no array", inferway.InvalidInputError, r"expected rows, such as an array \(rows, …\), got int"),
+        ("several targets", inferway.ConfigurationError, r"one array of targets; .* model\.model\.fit"),
         ("no rows", inferway.InvalidInputError, r"x has no rows"),
         ("unequal inputs", inferway.InvalidInputError, r"different numbers of rows: 'a' 240, 'b' 3"),
         ("text input", inferway.InvalidInputError, r"x expects numbers, got text"),
