@@ -168,6 +168,16 @@ def test_the_smallest_is_taken_where_size_is_what_counts() -> None:
     assert careful.reason.endswith("as its rows depend on each other")
 
 
+def test_the_model_that_was_given_stays_as_it_was() -> None:
+    data = model(
+        [node("MatMul", ["x", "w"], ["y"])], [value("x", F32, ["n", 16])], [value("y", F32, ["n", 4])],
+        {"w": rows(16, 4)},
+    )  # fmt: skip
+    theirs = given(data)
+    optimize(theirs, rows(40, 16), techniques=["static_int8/minmax", "fp16", "magnitude"], **QUICK)
+    assert theirs.proto.SerializeToString() == given(data).proto.SerializeToString()
+
+
 def test_what_is_deployed_of_a_report_is_the_chosen_model_with_golden_rows_of_its_own() -> None:
     data, x = mlp(), rows(40, 16)
     report = optimize(data, x, techniques=["static_int8/minmax"], objective="size", **QUICK)

@@ -133,6 +133,7 @@ def test_a_torch_model_that_cannot_be_narrowed_says_so() -> None:
         structured(torch.nn.Sequential(torch.nn.Linear(16, 4)), rows(4, 16), 0.5, untrained)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_pruning_and_quantising_are_joined() -> None:
     tuned: list[Any] = []
@@ -249,6 +250,7 @@ def test_keras_models_that_are_no_chain_of_dense_layers_say_so() -> None:
         structured(branching, None, 0.5, untrained)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_a_keras_model_is_exported_quantised_and_pruned() -> None:
     x = rows(60, 16)

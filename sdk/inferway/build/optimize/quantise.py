@@ -320,6 +320,8 @@ def equalise(proto: Any, facts: Facts, rows: Rows) -> Any:
     Args:
         proto: with the nodes that ``facts`` names.
         rows: whose activations say how large channels are.
+    Raises:
+        ValueError: there is no product whose matrix is its own.
     """
     onnx = onnx_module()
     fresh = copied(proto)
@@ -333,6 +335,8 @@ def equalise(proto: Any, facts: Facts, rows: Rows) -> Any:
         node for node in graph.node
         if node.name in facts.weighted and uses[node.input[1]] == 1 and _plain(node)
     ]  # fmt: skip
+    if not products:
+        raise ValueError("its products share their matrices, so nothing can be moved into them")
     largest = _largest(fresh, sorted({node.input[0] for node in products}), rows)
     nodes: list[Any] = []
     pending = {id(node): node for node in products}

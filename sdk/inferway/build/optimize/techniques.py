@@ -88,7 +88,8 @@ class Workbench:
 
     @cached_property
     def facts(self) -> Facts:
-        return quantise.read_graph(self.model.proto)
+        # A copy, because nodes without names are given some.
+        return quantise.read_graph(quantise.copied(self.model.proto))
 
     @cached_property
     def prepared(self) -> Any:
