@@ -162,6 +162,8 @@ def _first_good(
         except BuildError as error:
             failure = error
             continue
+        except InferwayError:  # something is not installed, or an argument cannot be used
+            raise
         except Exception as error:
             failure = _not_run(error, source)
             failure.__cause__ = error

@@ -82,7 +82,7 @@ def lightgbm_source(model: Any, example: object, wishes: Wishes) -> Source:
         try:
             with exact_thresholds(ModelComponentContainer) as thresholds:
                 proto = convert_lightgbm(
-                    model, initial_types=[(name, kind([None, array.shape[1]]))], zipmap=False,
+                    model, name="Booster", initial_types=[(name, kind([None, array.shape[1]]))], zipmap=False,
                     target_opset=min(wishes.opset or 15, 15),
                 )  # fmt: skip
         except Exception as error:

@@ -44,6 +44,8 @@ def load_onnx(model: Any, example: object, wishes: Wishes) -> OnnxModel:
             raise ConfigurationError(f"expected {path} to be an .onnx file, and it is a folder; give the file in it")
         try:
             proto = onnx.load(str(path))
+            for tensor in proto.graph.initializer:  # said where weights were read from another file
+                tensor.ClearField("data_location")
         except FileNotFoundError as error:
             raise ConfigurationError(f"expected {path} to be an .onnx file, and there is none: {error}") from error
         except Exception as error:

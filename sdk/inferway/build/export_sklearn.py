@@ -366,7 +366,8 @@ def convert_estimator(
                 _as_converters_want([part for _, part in parts]),
             ):
                 proto = skl2onnx.convert_sklearn(
-                    model, initial_types=types, options={id(model): options} if options else None,
+                    model, name=type(model).__name__, initial_types=types,
+                    options={id(_last(model)): options} if options else None,
                     target_opset={**OPSETS, **({"": opset} if opset else {})},
                 )  # fmt: skip
         except NameError as error:  # an option that this estimator does not have
@@ -432,7 +433,7 @@ def _learn_zipmap(estimator: Any) -> None:
     alias = sklearn_operator_name_map.get(type(estimator))
     known = _converter_pool.get(alias)
     allowed = known.get_allowed_options() if known is not None else None
-    if allowed and "raw_scores" in allowed and "zipmap" not in allowed:
+    if allowed and hasattr(estimator, "classes_") and "raw_scores" in allowed and "zipmap" not in allowed:
         update_registered_converter(
             type(estimator), alias, get_shape_calculator(alias), get_converter(alias)._fct, overwrite=True,
             options={**{name: [True, False] for name in allowed}, "zipmap": [True, False, "columns"]},

@@ -200,6 +200,11 @@ def export_module(
     # One example row would become a constant of 1 in the graph.
     example = [_at_least_two(tensor, axes.get(name, {})) for tensor, name in zip(tensors, names, strict=True)]
     shapes = {"flat": tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in names)}
+    # The exporter puts recurrent layers into a loop, by a kernel that it registers for a moment. What was looked up
+    # before, in another export, would be taken instead and write the layer out for one length (PyTorch 2.13).
+    for packet in (torch.ops.aten.lstm, torch.ops.aten.gru):
+        for overload in packet.overloads():
+            getattr(getattr(packet, overload), "_dispatch_cache", {}).clear()
     with inference(model), torch.no_grad():
         flat = Flat()
         flat.training = False

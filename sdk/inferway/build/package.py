@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat
 
 from .._calls import plain
 from .._errors import ConfigurationError
@@ -79,7 +79,7 @@ def package(
     labels: Mapping[str, str] | None = None,
     classes: Sequence[Label] | None = None,
     golden: int | Golden = 8,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, SupportsFloat] | None = None,
     metadata: Mapping[str, Any] | None = None,
     dynamic: Dynamic = None,
     overwrite: bool = False,
@@ -109,7 +109,11 @@ def package(
     target = Path(folder)
     _make_room(target, overwrite)
     offer = made.__inferway_source__()
-    kept = {**offer.metadata, **({"metrics": dict(metrics)} if metrics else {}), **(metadata or {})}
+    kept = {
+        **offer.metadata,
+        **({"metrics": {key: float(value) for key, value in metrics.items()}} if metrics else {}),
+        **(metadata or {}),
+    }
     said = plain("labels", {**offer.labels, **(labels or {})})
     known = plain("metadata", kept)
     facts = {
