@@ -98,7 +98,7 @@ def _bar(total: int, done: int, notebook: bool) -> Any:
     made: Any = import_module(module).tqdm
     return made(
         total=total, initial=done, unit="step", dynamic_ncols=True, leave=True, mininterval=_REDRAW_S,
-        bar_format="{desc} |{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        bar_format="{desc}|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
     )  # fmt: skip
 
 
