@@ -16,7 +16,7 @@ from .history import History
 from .job import Arrays, OptimizerSpec, Replica
 from .local import Course, LocalJob
 from .plan import Plan
-from .replica import _last_layer, _torch_loss, _torch_metric, put_into, replica_factory
+from .replica import last_layer, torch_loss, torch_metric, put_into, replica_factory
 
 _SUPPORTED: Final = "distributed training updates with torch.optim.SGD (momentum, nesterov), Adam and AdamW"
 _OPTIMIZERS: Final = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
@@ -40,9 +40,9 @@ class TorchFramework:
                 f"there is no optimizer '{optimizer}'; there are {', '.join(_OPTIMIZERS)}, and any of torch.optim"
             )
         if isinstance(loss, str):
-            _torch_loss(loss, logits=True, log=False)
+            torch_loss(loss, logits=True, log=False)
         for metric in self._metrics:
-            _torch_metric(metric)
+            torch_metric(metric)
 
     @property
     def input_names(self) -> list[str]:
@@ -182,16 +182,16 @@ class TorchFramework:
     def _measured(self, outputs: NDArray[Any], targets: NDArray[Any], threshold: float) -> dict[str, float]:
         found = {}
         for metric in self._metrics:
-            name, measure = _torch_metric(metric)
+            name, measure = torch_metric(metric)
             found[name] = float(measure(outputs, targets, threshold))
         return found
 
     def _loss(self) -> tuple[Callable[[Any, Any], Any], float]:
-        last = type(_last_layer(self.model)).__name__
+        last = type(last_layer(self.model)).__name__
         logits = last not in ("Sigmoid", "Softmax", "LogSoftmax")
         threshold = 0.0 if logits else 0.5
         if isinstance(self.loss, str):
-            return _torch_loss(self.loss, logits=logits, log=last == "LogSoftmax"), threshold
+            return torch_loss(self.loss, logits=logits, log=last == "LogSoftmax"), threshold
         return _like(self.loss), threshold
 
     def _forward(self, inputs: Arrays) -> list[Any]:

@@ -229,9 +229,9 @@ def _torch_factory(
     if lazy:
         raise ModelNotBuiltError(f"the parameter '{lazy[0]}' has no shape yet: call the module once with an example")
     if isinstance(loss, str):
-        _torch_loss(loss, logits=True, log=False)
+        torch_loss(loss, logits=True, log=False)
     for metric in metrics:
-        _torch_metric(metric)
+        torch_metric(metric)
     # A copy, so that what the caller does with the module afterwards changes nothing here.
     factory = _TorchFactory(copy.deepcopy(module), loss, tuple(metrics), from_logits)
     factory()  # says now, and not in another process, what cannot be trained
@@ -250,10 +250,10 @@ class TorchReplica:
             raise ConfigurationError("the module has no parameter that can be trained")
         self._flat = _FlatTorch(trainable)
         self._metrics = tuple(metrics)
-        last = type(_last_layer(module)).__name__
+        last = type(last_layer(module)).__name__
         logits = last not in ("Sigmoid", "Softmax", "LogSoftmax") if from_logits is None else from_logits
         self._threshold = 0.0 if logits else 0.5
-        self._loss = _torch_loss(loss, logits=logits, log=last == "LogSoftmax") if isinstance(loss, str) else loss
+        self._loss = torch_loss(loss, logits=logits, log=last == "LogSoftmax") if isinstance(loss, str) else loss
 
     @property
     def size(self) -> int:
@@ -308,7 +308,7 @@ class TorchReplica:
                     outputs.append(given.numpy())
         result = {"loss": total / len(targets)}
         for metric in self._metrics:
-            name, measure = _torch_metric(metric)
+            name, measure = torch_metric(metric)
             result[name] = float(measure(np.concatenate(outputs), targets, self._threshold))
         return result
 
@@ -319,12 +319,13 @@ class TorchReplica:
         return self._module(*tensors.values()) if len(tensors) == 1 else self._module(**tensors)
 
 
-def _last_layer(module: Any) -> Any:
+def last_layer(module: Any) -> Any:
+    """The innermost of a module's last children, which is mostly what computes its outputs."""
     children = list(module.children())
-    return _last_layer(children[-1]) if children else module
+    return last_layer(children[-1]) if children else module
 
 
-def _torch_loss(name: str, *, logits: bool, log: bool) -> Callable[[Any, Any], Any]:
+def torch_loss(name: str, *, logits: bool, log: bool) -> Callable[[Any, Any], Any]:
     """A loss by Keras's name, or by PyTorch's short one, of outputs and targets.
 
     Mean squared error: ``mean((y - p)²)``. Binary cross-entropy: ``-mean(y log p + (1 - y) log(1 - p))``. Categorical:
@@ -379,7 +380,13 @@ def _torch_loss(name: str, *, logits: bool, log: bool) -> Callable[[Any, Any], A
     return known[name]
 
 
-def _torch_metric(metric: Metric) -> tuple[str, Callable[[NDArray[Any], NDArray[Any], float], Any]]:
+def torch_metric(metric: Metric) -> tuple[str, Callable[[NDArray[Any], NDArray[Any], float], Any]]:
+    """A metric's name, and how it is computed of outputs, targets, and the score above which a class of two is taken.
+
+    Raises:
+        ConfigurationError: there is none of that name.
+    """
+
     def accuracy(outputs: NDArray[Any], targets: NDArray[Any], threshold: float) -> Any:
         if outputs.ndim == 1 or outputs.shape[1:] == (1,):
             return np.mean((outputs.reshape(-1) > threshold) == (targets.reshape(-1) > 0.5))
