@@ -24,7 +24,7 @@ import numpy as np
 from ..runtime import is_large, ort
 from .data import Array, Rows
 
-WINDOW_S: Final = 0.02
+WINDOW_S: Final = 0.01
 """A timed window: as many runs as fit, at least two."""
 _LEAST_RUNS: Final = 2
 _RESTLESS: Final = 0.1
