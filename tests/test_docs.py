@@ -41,7 +41,7 @@ GUIDES: Final = [
     ROOT / "CONTRIBUTING.md",
     *(guide for guide in sorted((ROOT / "docs").glob("*.md")) if guide != GETTING_STARTED),
 ]
-OF_ITS_OWN: Final = ("README.md", "sdk-text.md")
+OF_ITS_OWN: Final = ("README.md", "distributed-training.md", "sdk-text.md")
 """Guides that begin with an empty directory."""
 TEXTS: Final = [*GUIDES, GETTING_STARTED, ROOT / "CHANGELOG.md", ROOT / "examples" / "models" / "README.md"]
 BLOCK_TIMEOUT_S: Final = 120
