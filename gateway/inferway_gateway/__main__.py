@@ -78,6 +78,9 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
         "--state-dir", type=Path, help="directory of the database and the pepper (default ~/.local/state/inferway)"
     )
     serve.add_argument("--database-url", help="SQLAlchemy URL, for example postgresql+psycopg://user@host/db")
+    serve.add_argument(
+        "--requests-per-minute", type=int, help="inference requests that each key may make in a minute (default: any)"
+    )
     serve.add_argument("--cpus", type=int, help="runner threads (default: processors this process may use)")
     serve.add_argument(
         "--providers", help="execution providers by preference, comma separated (default CPUExecutionProvider)"

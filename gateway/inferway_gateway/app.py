@@ -35,6 +35,7 @@ from .core.execution import Executor
 from .core.generation import GenerationStats
 from .core.guard import TrafficWatch, watch_traffic
 from .core.keys import Authenticator, KeyService
+from .core.limits import RateLimits
 from .core.managed import ManagedVersions
 from .core.opening import VersionOpener
 from .core.pipeline import PipelineExecutor
@@ -108,6 +109,7 @@ class State(TypedDict):
     shadows: Shadows
     watch: TrafficWatch
     authenticator: Authenticator | None
+    rate_limits: RateLimits | None
     keys: KeyService
     catalog: SqlCatalog
     managed: ManagedVersions
@@ -406,6 +408,7 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
                 shadows=shadows,
                 watch=watch,
                 authenticator=keys.authenticator if settings.auth else None,
+                rate_limits=RateLimits(settings.requests_per_minute) if settings.requests_per_minute else None,
                 keys=keys.service,
                 catalog=catalog,
                 managed=managed,

@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     go on working in another process. Keys in use are read again after a quarter of it, so that they never wait; below
     2.5 they may, while a database hangs."""
 
+    requests_per_minute: int = Field(default=0, ge=0)
+    """Inference requests, over every protocol, that each key may make in a minute, and a sixth of them at once; 0: as
+    many as it likes. Every gateway counts for itself; of ``workers``, each counts ``/infer`` against an equal share."""
+
     upstreams: Path | None = None
     """TOML file of the servers elsewhere that model versions may be on, see docs/remote-models.md."""
 

@@ -26,6 +26,7 @@
       GoldenMismatchError               golden_mismatch       no
       ModelNotReadyError                model_not_ready       yes
         ModelFailingError               model_failing         yes
+      RateLimitedError                  rate_limited          yes
       QueueFullError                    queue_full            yes
       ShuttingDownError                 shutting_down         yes
       StoreUnavailableError             store_unavailable     yes
@@ -168,6 +169,13 @@ class ModelNotReadyError(GatewayError):
     """The version exists and cannot answer now: loading, unloading or failed."""
 
     code = "model_not_ready"
+    retryable = True
+
+
+class RateLimitedError(GatewayError):
+    """The key makes more requests than it may."""
+
+    code = "rate_limited"
     retryable = True
 
 

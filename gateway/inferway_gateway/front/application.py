@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..core.errors import CancelledByCallerError, GatewayError
 from ..core.keys import Authenticator
+from ..core.limits import RateLimits
 from ..core.routing import Router
 from ..core.served import ServedVersion
 from ..core.shadow import Shadows
@@ -127,6 +128,11 @@ def create_front(
                 "shadows": shadows,
                 "proxy": proxy,
                 "authenticator": authenticator if settings.auth else None,
+                "rate_limits": (
+                    RateLimits(settings.requests_per_minute / settings.workers)
+                    if settings.requests_per_minute
+                    else None
+                ),
                 "metrics": metrics,
                 "access_log": access_log() if settings.access_log else None,
             }

@@ -34,11 +34,10 @@ from .infer import infer, infer_now
 from .key_bodies import deprecation
 from .problems import STATUSES, Headers, render
 from .routes_oip import parse_version
-from .routing import ApiRoute, Fields, MethodNotAllowedError, authorise, header_fields, known_principal
+from .routing import INFER_SCOPES, ApiRoute, Fields, MethodNotAllowedError, authorise, header_fields, known_principal
 
 logger = logging.getLogger("inferway.http")
 
-INFER_SCOPES: Final = frozenset({"infer"})
 _INFER_ROUTE: Final = "/v2/models/{model}/infer"
 _INFER_VERSION_ROUTE: Final = "/v2/models/{model}/versions/{version}/infer"
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -103,7 +102,12 @@ class GatewayApplication(Starlette):
         started = perf_counter()
         target = infer_target(scope["path"]) if scope["method"] == "POST" else None
         state = scope["state"]
-        if target is None or self.guard is not None or state["access_log"] is not None:
+        if (
+            target is None
+            or self.guard is not None
+            or state["access_log"] is not None
+            or state["rate_limits"] is not None
+        ):
             return None
         fields = header_fields(scope)
         name, version = target
@@ -166,6 +170,9 @@ class GatewayApplication(Starlette):
                 scope["principal"] = principal
                 if principal.rotated_at is not None:
                     scope["response_headers"] = deprecation(principal)
+                rate_limits = scope["state"]["rate_limits"]
+                if rate_limits is not None:
+                    rate_limits.take(principal.key_id)
                 size = await infer(
                     scope,
                     receive,

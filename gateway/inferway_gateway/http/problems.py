@@ -67,7 +67,7 @@ def render(error: GatewayError, path: str, request_id: str, *, basic: bool = Fal
     ]
     if error.upstream_attempts:
         headers.append((b"inferway-upstream-attempts", b"%d" % error.upstream_attempts))
-    if status == 503:
+    if status in (429, 503):
         wait = DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(wait))))
     elif status == 401:

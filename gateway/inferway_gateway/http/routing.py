@@ -22,6 +22,8 @@ from ..core.routing import bare_name
 from .key_bodies import deprecation
 
 Endpoint = Callable[..., Awaitable[Any]]
+INFER_SCOPES: Final = frozenset({"infer"})
+"""Of the routes that run models; their requests are those that a key's rate limits."""
 ANY_KEY: Final[frozenset[str]] = frozenset()
 """Accepted scopes of a route that takes any valid key."""
 
@@ -79,6 +81,7 @@ class ApiRoute(Route):
         self.scopes = scopes
         self.public = public
         self.basic = basic
+        self._counted = method == "POST" and scopes == INFER_SCOPES
         self._besides = besides
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
@@ -107,6 +110,8 @@ class ApiRoute(Route):
         if name is not None and principal is not None and not principal.sees(bare_name(name)):
             # The same words as for a model that does not exist, so that a key learns nothing of other people's.
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        if self._counted and principal is not None and state["rate_limits"] is not None:
+            state["rate_limits"].take(principal.key_id)
         await self.app(scope, receive, send)
 
 
