@@ -13,7 +13,8 @@ import pytest
 import inferway
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("numpy", "pydantic", "httpx", "httpcore", "aiohttp", "tenacity", "pandas", "inferway_contract")
+HEAVY = ("numpy", "pydantic", "httpx", "httpcore", "aiohttp", "tenacity", "pandas", "inferway_contract", "onnx",
+         "onnxruntime", "torch", "keras", "tensorflow", "sklearn", "skl2onnx", "ray", "shap")  # fmt: skip
 
 
 def run(code: str) -> str:

@@ -102,6 +102,7 @@ def test_several_inputs_and_outputs_keep_their_names_and_types() -> None:
     assert [spec.name for spec in (*alone.inputs, *alone.outputs)] == ["tokens", "a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_a_recurrent_layer_takes_any_number_of_steps_also_after_another_export() -> None:
     net = Recurrent()
     fixed = to_onnx(net, torch.rand(3, 6, 3))
