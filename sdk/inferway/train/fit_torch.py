@@ -16,7 +16,7 @@ from .history import History
 from .job import Arrays, OptimizerSpec, Replica
 from .local import Course, LocalJob
 from .plan import Plan
-from .replica import last_layer, torch_loss, torch_metric, put_into, replica_factory
+from .replica import last_layer, put_into, replica_factory, torch_loss, torch_metric
 
 _SUPPORTED: Final = "distributed training updates with torch.optim.SGD (momentum, nesterov), Adam and AdamW"
 _OPTIMIZERS: Final = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
