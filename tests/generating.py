@@ -186,6 +186,7 @@ async def serving(
             "authenticator": None,
             "metrics": Metrics(lambda: (), app.edge_stats),
             "access_log": None,
+            "rate_limits": None,
             "started_at": int(time.time()),
             "templates": renderer,
         }

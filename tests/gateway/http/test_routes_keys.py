@@ -78,6 +78,7 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
             "keys": service,
             "metrics": SimpleNamespace(http_request=lambda route, status: None),
             "access_log": None,
+            "rate_limits": None,
         }
         application = GatewayApplication([route for route in routes() if route.path.startswith(KEYS)], None)
 
