@@ -97,11 +97,12 @@ def main() -> int:
 
 def show(report: Any) -> None:
     """Size, time and accuracy of the exported model and of the chosen one, as `optimize` measured them."""
-    print(f"{'':28} {'size':>10} {'batch 1':>10} {'batch 64':>10} {'accuracy':>9}")
+    width = len(f"after: {report.chosen.name}")
+    print(f"{'':{width}} {'size':>10} {'batch 1':>10} {'batch 64':>10} {'accuracy':>9}")
     for label, candidate in (("before", report.original), (f"after: {report.chosen.name}", report.chosen)):
         times = [f"{candidate.timings[batch].seconds * 1e6:.1f} µs" for batch in (1, 64)]
         size = f"{candidate.size_bytes / 1e3:.0f} kB"
-        print(f"{label:28} {size:>10} {times[0]:>10} {times[1]:>10} {candidate.metric:>9.4f}")
+        print(f"{label:{width}} {size:>10} {times[0]:>10} {times[1]:>10} {candidate.metric:>9.4f}")
 
 
 def heading(text: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 ROOT: Final = Path(__file__).resolve().parents[1]
 EXAMPLES: Final = ROOT / "examples"
 START_TIMEOUT_S: Final = 180
-RUN_TIMEOUT_S: Final = 120
+RUN_TIMEOUT_S: Final = 300
 
 ALONE: Final = {"INFERWAY_BASE_URL": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 """Without a gateway that is configured."""
