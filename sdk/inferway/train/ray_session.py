@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .._errors import ConfigurationError, InsufficientResourcesError, MissingExtraError
+from .._errors import ConfigurationError, InsufficientResourcesError, MissingExtraError, TrainingError
 
 OBJECT_STORE_BYTES: Final = 1 << 30
 """Of a Ray that is started here. Ray's own default is 30 % of the memory; what does not fit goes to disk."""
@@ -66,6 +66,7 @@ def connect(
     Raises:
         MissingExtraError: Ray is not installed.
         ConfigurationError: there is no Ray at the address, or it did not take the token.
+        TrainingError: Ray did not start here, as on a machine that is too busy.
     """
     try:
         import ray
@@ -76,15 +77,21 @@ def connect(
         return
     with _environment(_settings(address)):
         if address is None:
-            ray.init(
-                "local",
-                num_cpus=None if cpus is None else int(-(-cpus // 1)),
-                object_store_memory=object_store_bytes,
-                include_dashboard=False,
-                configure_logging=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            try:
+                ray.init(
+                    "local",
+                    num_cpus=None if cpus is None else int(-(-cpus // 1)),
+                    object_store_memory=object_store_bytes,
+                    include_dashboard=False,
+                    configure_logging=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
+            except Exception as error:  # Ray gives itself 30 s, and then raises no narrower one
+                raise TrainingError(
+                    f"Ray did not start on this machine: {error} Where processors or memory are taken by others, wait "
+                    "for them, or use a Ray that runs already, with address='auto'"
+                ) from error
         else:
             _knock(address)
             try:

@@ -152,3 +152,32 @@ def test_where_nobody_is_it_says_so_at_once(scheme: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     said = f"{ConfigurationError.__name__}: no Ray could be reached at '{scheme}127.0.0.1:{port}': [Errno 111]"
     assert said in done.stderr
+
+
+NOT_STARTED = """
+import os, ray
+
+def init(*arguments, **options):
+    raise Exception("The current node timed out during startup.")  # as Ray does, where a machine is too busy
+
+ray.init = init
+from inferway import TrainingError
+from inferway.train.ray_session import connect
+
+before = dict(os.environ)
+try:
+    with connect(cpus=1):
+        pass
+except TrainingError as error:
+    print(error)
+print(dict(os.environ) == before)
+"""
+
+
+def test_where_ray_does_not_start_it_says_what_to_do() -> None:
+    done = subprocess.run([sys.executable, "-c", NOT_STARTED], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [
+        "Ray did not start on this machine: The current node timed out during startup. Where processors or memory are "
+        "taken by others, wait for them, or use a Ray that runs already, with address='auto'",
+        "True",
+    ], done.stderr
