@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from .model import OnnxModel
 from .quiet import undisturbed
 from .runtime import onnx_module, open_session, ort, run
 from .source import Dynamic, Source, Wishes, axes_of
-from .verify import BATCH, COARSE, Axes, Run, first_line, variants, verify
+from .verify import BATCH, COARSE, Axes, Run, first_line, unlikely, variants, verify
 
 _FAMILIES: Final = ("keras", "torch", "xgboost", "lightgbm", "catboost", "sklearn", "onnx")
 """Top modules, in the order in which a type's ancestors are searched for them: a Keras model may be a torch module,
@@ -141,6 +142,11 @@ def _source_runs(source: Source, axes: Axes) -> tuple[list[Run], list[str]]:
             f"{source.what} itself takes no other length of {quoted_names(fixed)} than the example's: "
             f"{skipped[0] if skipped else 'nothing else was tried'}"
         )
+    if source.table:
+        for inputs in unlikely(source.inputs):
+            # What the source refuses itself, such as NaN or an unknown category, cannot be held against it.
+            with contextlib.suppress(Exception):
+                runs.append(Run({BATCH: len(next(iter(inputs.values())))}, inputs, source.predict(inputs)))
     return runs, skipped
 
 

@@ -49,7 +49,7 @@ def xgboost_source(model: Any, example: object, wishes: Wishes) -> Source:
         "xgboost", what, inputs, predict,
         ways(lambda types: convert_estimator(estimator, types, names, wishes.opset, what), inputs, False),
         _digest(bytes(model.save_raw("ubj"))), classes=_numbered(trial) if classifies else None, columns=columns,
-        ties=ties_of(names),
+        ties=ties_of(names), table=True,
     )  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def lightgbm_source(model: Any, example: object, wishes: Wishes) -> Source:
     return Source(
         "lightgbm", what, inputs, predict, ways(convert, inputs, False), _digest(model.model_to_string().encode()),
         classes=_numbered(trial) if classifies else None, columns=columns, ties=ties_of(names),
+        table=True,
     )  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def catboost_source(model: Any, example: object, wishes: Wishes) -> Source:
     return Source(
         "catboost", what, inputs, predict, ways(convert, inputs, False), _digest(_saved(model)),
         classes=tuple(np.asarray(model.classes_).tolist()) if classifies else None, columns=columns,
-        ties=ties_of(names),
+        ties=ties_of(names), table=True,
     )  # fmt: skip
 
 

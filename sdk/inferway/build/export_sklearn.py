@@ -18,7 +18,7 @@ from .boosters import learn_boosters, unnamed_features
 from .example import Arrays, is_frame, to_numpy
 from .graph import put_in_front, rename, type_of
 from .source import Source, Wishes
-from .trees import exact_thresholds, widen
+from .trees import exact_thresholds, missing_followed, widen
 from .verify import first_line
 
 OPSETS: Final = {"": 20, "ai.onnx.ml": 3}
@@ -57,6 +57,7 @@ def sklearn_source(model: Any, example: object, wishes: Wishes, framework: str =
     return Source(
         framework, what, inputs, predict, attempts, digest_of(model),
         classes=classes_of(model), columns=columns, ties=ties_of(outputs),
+        table=True,
     )  # fmt: skip
 
 
@@ -362,6 +363,7 @@ def convert_estimator(
         try:
             with (
                 exact_thresholds(ModelComponentContainer) as thresholds,
+                missing_followed(),
                 unnamed_features([part for _, part in parts]),
                 _as_converters_want([part for _, part in parts]),
             ):

@@ -27,6 +27,7 @@ class Source:
         digest: ``sha256:…`` of structure and weights.
         ties: see `verify.verify`.
         precision: the least precise type that the model computes with, which the tolerances go by.
+        table: it takes rows of columns, some of which may be missing, zero or unknown when it is served.
     """
 
     framework: str
@@ -40,6 +41,7 @@ class Source:
     columns: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
     precision: str = "float32"
+    table: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,43 @@ def exact_thresholds(*containers: Any) -> Iterator[dict[str, list[float]]]:
             container.add_node = original
 
 
+@contextlib.contextmanager
+def missing_followed() -> Iterator[None]:
+    """While skl2onnx runs, let the trees of a forest send NaN where scikit-learn sends it.
+
+    Its forests and decision trees take NaN also when they saw none in training (the larger child gets it); the
+    converter (1.20) reads that of histogram boosting alone, and sends NaN to the right in all others.
+    """
+    from skl2onnx.common import tree_ensemble
+    from skl2onnx.operator_converters import decision_tree, isolation_forest, random_forest
+
+    modules = (decision_tree, isolation_forest, random_forest)
+    original = random_forest.add_tree_to_attribute_pairs
+    threshold = tree_ensemble.sklearn_threshold
+
+    def finite_threshold(value: Any, *args: Any) -> Any:
+        # What only parts NaN from the rest has the threshold infinity, whose neighbour is searched for without end.
+        return threshold(value, *args) if np.isfinite(value) else np.float64(value)
+
+    def add_tree(attributes: Any, classifies: Any, tree: Any, *args: Any, **settings: Any) -> None:
+        original(attributes, classifies, tree, *args, **settings)
+        left = getattr(tree, "missing_go_to_left", None)
+        if left is not None:
+            inner = tree.children_left != tree.children_right
+            flags = [int(goes) for goes in left.astype(bool) & inner]
+            attributes["nodes_missing_value_tracks_true"][-len(flags) :] = flags
+
+    try:
+        for module in modules:
+            module.add_tree_to_attribute_pairs = add_tree
+        tree_ensemble.sklearn_threshold = finite_threshold
+        yield
+    finally:
+        tree_ensemble.sklearn_threshold = threshold
+        for module in modules:
+            module.add_tree_to_attribute_pairs = original
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, bool | np.bool_):
         return int(value)

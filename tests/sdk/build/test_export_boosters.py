@@ -16,7 +16,7 @@ from sklearn.datasets import make_classification, make_regression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
-from inferway import ExportError, ModelNotBuiltError, to_onnx
+from inferway import ExportError, ExportMismatchError, ModelNotBuiltError, to_onnx
 from inferway.build import trees
 
 X, Y = make_classification(600, 6, n_informative=4, n_redundant=0, n_classes=3, random_state=0)
@@ -135,6 +135,12 @@ def test_missing_values_go_where_the_booster_sends_them() -> None:
     np.testing.assert_allclose(
         to_onnx(model, rows[:40]).run(rows)["probabilities"], model.predict_proba(rows), atol=1e-5
     )
+
+
+def test_a_booster_whose_zeros_are_missing_is_refused_though_the_example_has_none() -> None:
+    model = lightgbm.LGBMRegressor(n_estimators=10, verbose=-1, zero_as_missing=True).fit(X, X[:, 0] * 3 + X[:, 1])
+    with pytest.raises(ExportMismatchError, match="computes something else: output 'y' differs by"):
+        to_onnx(model, X[:5])
 
 
 def test_categories_of_catboost_are_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import make_classification, make_regression
 from sklearn.ensemble import (
@@ -24,8 +25,9 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC, LinearSVC
+from sklearn.tree import DecisionTreeRegressor
 
-from inferway import ConfigurationError, ExportError, ExportMismatchError, ModelNotBuiltError, to_onnx
+from inferway import ConfigurationError, ExportError, ModelNotBuiltError, to_onnx
 
 X, Y = make_classification(400, 6, n_informative=4, n_redundant=0, n_classes=3, random_state=0)
 XR, YR = make_regression(1500, 6, noise=5, random_state=0)
@@ -166,11 +168,19 @@ def test_a_step_without_a_form_in_onnx_is_named() -> None:
     assert (got.value.operator, got.value.where) == ("RBFSampler", "kernel")
 
 
-def test_forests_that_take_missing_values_another_way_are_refused() -> None:
+@pytest.mark.parametrize("trained_with", ["missing", "none missing"])
+@pytest.mark.parametrize(
+    "estimator",
+    [RandomForestClassifier(10, random_state=0), RandomForestRegressor(10, random_state=0), DecisionTreeRegressor()],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_forests_send_missing_values_where_the_source_does(estimator: Any, trained_with: str) -> None:
     rows = X.copy()
-    rows[::3, 2] = np.nan
-    with pytest.raises(ExportMismatchError, match="output 'label' differs in"):
-        to_onnx(RandomForestClassifier(20, random_state=0).fit(X, Y), rows)
+    rows[::3, 2] = rows[1::4, 0] = np.nan
+    model = clone(estimator).fit(rows if trained_with == "missing" else X, Y)
+    made = to_onnx(model, X[:5])  # nothing is missing in the example
+    expected = model.predict_proba(rows) if hasattr(model, "predict_proba") else model.predict(rows)
+    np.testing.assert_allclose(list(made.run(rows).values())[-1], expected, atol=1e-5)
 
 
 def test_an_example_that_is_none_or_flat_is_refused() -> None:
