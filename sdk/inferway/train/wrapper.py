@@ -20,7 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._client import Inferway
-from .._errors import ConfigurationError, InvalidInputError, MissingExtraError, ModelNotBuiltError, StaleModelError
+from .._errors import (
+    APIConnectionError,
+    ConfigurationError,
+    InvalidInputError,
+    MissingExtraError,
+    ModelNotBuiltError,
+    StaleModelError,
+)
 from .._package import Offer
 from ..build.export import family_of, to_onnx
 from ..build.model import Label, OnnxModel
@@ -592,9 +599,11 @@ class WrappedModel:
                     golden=golden, metrics=self._metrics(), metadata={**self._facts(optimized), **(metadata or {})},
                 )  # fmt: skip
                 deployment = gateway.models.deploy(made, name=self._name_or(name), **options)
-        except BaseException:
+        except BaseException as error:
             if owned:
                 gateway.close()
+                if isinstance(error, APIConnectionError):
+                    error.add_note("start a gateway with `inferway serve`, or say where one is in INFERWAY_BASE_URL")
             raise
         names = [spec.name for spec in onnx.outputs]
         answer = "label" if isinstance(self._framework, EstimatorFramework) and "label" in names else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,6 +139,12 @@ def test_the_gateway_comes_from_the_environment(
     monkeypatch.setenv("INFERWAY_API_KEY", "ifw_wrong")
     with pytest.raises(inferway.AuthenticationError):
         model.deploy()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setenv("INFERWAY_BASE_URL", nobody)
+    with pytest.raises(inferway.APIConnectionError, match=f"could not connect to {nobody}") as caught:
+        model.deploy()
+    assert caught.value.__notes__ == ["start a gateway with `inferway serve`, or say where one is in INFERWAY_BASE_URL"]
 
 
 def test_models_deploy_takes_a_wrapped_model_as_it_is(client: Inferway) -> None:
