@@ -127,7 +127,7 @@ def unlikely(example: Arrays) -> Iterator[Arrays]:
     """
     random = np.random.default_rng(1)
     rows = {name: np.take(array, np.arange(_TABLE_ROWS) % len(array), axis=0) for name, array in example.items()}
-    changes: tuple[tuple[str, Callable[[Array], object]], ...] = (
+    changes: tuple[tuple[str, Callable[[Array], Any]], ...] = (
         ("f", lambda _: np.nan), ("biuf", lambda _: 0), ("f", np.negative), ("O", lambda _: ""), ("O", lambda _: "~?~")
     )  # fmt: skip
     for kinds, change in changes:
