@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import PurePath
 from typing import Any, Final
 
@@ -19,6 +19,13 @@ from .source import Source, Wishes, axes_of
 from .verify import first_line
 
 _FOREIGN: Final = re.compile(r"site-packages|/inferway/build/|^<|/lib/python")
+_LONGEST: Final = 1 << 16
+"""Of an axis that is tried out."""
+_ANSI: Final = re.compile(r"\x1b\[[\d;]*m")
+_PREAMBLE: Final = re.compile(
+    r"^Failed to export the model|Next steps:|^Modify the model|^Debug `torch|^Create an issue|^Summary of|"
+    r"^## |^Refer to|^\(Refer|^Exception summary|^$"
+)
 OPSET: Final = 20
 """Of every ONNX Runtime since 1.17 and every `onnx` since 1.15."""
 
@@ -30,6 +37,11 @@ def torch_source(model: Any, example: object, wishes: Wishes) -> Source:
     if example is None:
         raise ConfigurationError("a PyTorch module is exported with an example of its inputs: to_onnx(module, example)")
     what = f"the PyTorch module {type(model).__name__}"
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ExportError(
+            f"{what} was made by torch.jit, whose programs torch.export cannot follow; export the module that it was "
+            f"made of"
+        )
     tree, names, call = _arguments(model, example)
     names = list(wishes.input_names or names)
     if len(names) != len(tree.leaves):
@@ -130,7 +142,8 @@ def _tensor(leaf: Any, model: Any, name: str) -> Any:
     import torch
 
     if isinstance(leaf, torch.Tensor):
-        return leaf.detach()
+        # A module may write into its input, and the example is the caller's.
+        return leaf.detach().clone()
     array = to_numpy(leaf, f"input '{name}'")
     if array.dtype.kind == "O":
         raise ConfigurationError(f"input '{name}' of a PyTorch module expects numbers, got text")
@@ -222,9 +235,41 @@ def export_module(
             except Exception:  # it only says where the operator stands
                 program = None
             raise _not_converted(error, program, what) from error
+        _unbounded(made.exported_program, flat, dict(zip(names, example, strict=True)), axes, what)
         proto = made.model_proto
     strip(proto)
     return proto
+
+
+def _unbounded(
+    program: Any, flat: Any, example: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]], what: str
+) -> None:
+    """Refuse a program that holds up to some length only, where the module takes longer ones: of
+    ``a if len(x) > 50 else b`` it has the side of the example, and ONNX would take that for every length."""
+    import torch
+
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    for name, value in zip(example, inputs, strict=False):
+        for axis, symbol in axes.get(name, {}).items():
+            size = getattr(getattr(value.shape[axis], "node", None), "expr", None)
+            allowed = program.range_constraints.get(size)
+            if allowed is None or not getattr(allowed.upper, "is_Integer", False) or allowed.upper > _LONGEST:
+                continue
+            longer = dict(example)
+            for other, named in axes.items():
+                for place in (place for place, called in named.items() if called == symbol):
+                    tensor = longer[other]
+                    indices = [index % tensor.shape[place] for index in range(int(allowed.upper) + 1)]
+                    longer[other] = tensor.index_select(place, tensor.new_tensor(indices, dtype=torch.int64))
+            taken = False
+            with suppress(Exception):  # it takes no more itself, as with a table of positions
+                flat(*longer.values())
+                taken = True
+            if taken:
+                raise ExportError(
+                    f"{what} computes something else where axis {axis} of '{name}' is longer than {allowed.upper}, and "
+                    f"the graph would not; take the condition on the length out of it"
+                )
 
 
 def _at_least_two(tensor: Any, named: Mapping[int, str]) -> Any:
@@ -256,7 +301,7 @@ def strip(proto: Any) -> None:
 
 def _not_captured(error: Exception, names: Sequence[str], what: str) -> ExportError:
     """`torch.export` could not follow the module."""
-    text = str(error)
+    text = _ANSI.sub("", str(error))
     where = _user_line(error)
     found = re.search(r"\['flat'\]\[(\d+)\]\.size\(\)\[(\d+)\].*?constant \((\d+)\)", text, re.DOTALL)
     place, axis, length = found.groups() if found else ("", "", "")
@@ -278,6 +323,8 @@ def _not_captured(error: Exception, names: Sequence[str], what: str) -> ExportEr
 
 def _said(text: str) -> str:
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    # The exporter's own preamble names steps and links, and the cause comes after it.
+    lines = [line for line in lines if not _PREAMBLE.search(line)] or lines
     telling = [line for line in lines if "static shape" in line or "specialized" in line or "Could not" in line]
     return (telling or lines or ["no reason is given"])[0][:300]
 

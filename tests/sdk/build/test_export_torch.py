@@ -153,6 +153,29 @@ def test_a_branch_on_values_is_refused_with_its_line() -> None:
         to_onnx(Computes(lambda x: x if x.sum() > 0 else -x), torch.rand(3, 4))
 
 
+def test_a_branch_on_a_length_that_no_case_has_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"something else where axis 0 of 'x' is longer than 50"):
+        to_onnx(Computes(lambda x: x * 2 if x.shape[0] > 50 else x * 3), torch.rand(3, 4))
+
+
+def test_a_table_of_positions_bounds_a_length_without_a_refusal() -> None:
+    positions = torch.rand(1, 60, 4)
+    made = to_onnx(Computes(lambda x: x + positions[:, : x.shape[1]]), torch.rand(3, 7, 4), dynamic={"x": {1: "time"}})
+    rows = torch.rand(2, 60, 4)
+    np.testing.assert_allclose(made.run(rows)["y"], rows + positions, rtol=1e-6)
+
+
+def test_a_module_of_torch_jit_is_refused_and_an_example_is_left_as_it_was() -> None:
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        jitted = torch.jit.trace(torch.nn.Linear(4, 2), torch.rand(3, 4))
+    with pytest.raises(ExportError, match=r"made by torch.jit, .*export the module that it was made of"):
+        to_onnx(jitted, torch.rand(3, 4))
+    example = torch.rand(3, 4)
+    kept = example.clone()
+    to_onnx(Computes(lambda x: x.add_(1)), example)
+    assert torch.equal(example, kept)
+
+
 def test_a_graph_that_computes_something_else_is_refused_with_the_numbers() -> None:
     with pytest.raises(ExportMismatchError, match=r"output 'y' differs by .* for inputs of 'x' \[3, 4\]") as got:
         to_onnx(Computes(lambda x: x + torch.rand_like(x)), torch.rand(3, 4))
