@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -179,6 +180,33 @@ def test_a_training_that_broke_off_goes_on_as_if_it_had_not(make: Any, tmp_path:
     again = make()
     assert again.fit(x, y, epochs=4, seed=1, validation_split=0.2, checkpoints=tmp_path).steps == expected.steps
     assert same(again, whole)
+
+
+KILLED = """
+import os, signal, sys
+from test_wrapper import line_data, of_torch
+
+def die(progress):
+    if (progress.epoch, progress.step) == (3, 4):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+x, y = line_data()
+of_torch().fit(x, y, epochs=4, seed=1, validation_split=0.2, checkpoints=sys.argv[1], progress=die)
+"""
+
+
+def test_a_process_that_was_killed_in_the_middle_loses_the_steps_of_one_epoch(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(kept)], env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    x, y = line_data()
+    undisturbed, resumed = of_torch(), of_torch()
+    expected = undisturbed.fit(x, y, epochs=4, seed=1, validation_split=0.2)
+    found = resumed.fit(x, y, epochs=4, seed=1, validation_split=0.2, checkpoints=kept)
+    assert found.resumed_from == 2
+    assert same(resumed, undisturbed)
+    assert found.history == expected.history
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:

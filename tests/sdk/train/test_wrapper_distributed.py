@@ -6,7 +6,12 @@ import sys
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from sklearn.compose import ColumnTransformer
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 import inferway
 from inferway.train.job import Progress
@@ -79,6 +84,32 @@ def test_a_keras_model_predicts_with_what_the_servers_learnt(arguments: dict[str
     assert "parameter_server" in str(history)
     if arguments["mode"] == "ssp":
         assert history.facts["max_staleness"] <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("strategy", ["ddp", "parameter_server"])
+def test_preprocessing_reaches_the_workers_and_the_graph(strategy: Any) -> None:
+    import torch
+
+    x, y = data()
+    frame = pd.DataFrame(x[:, :3], columns=["a", "b", "c"]).assign(town=np.where(y > 0, "Oslo", "Lima"))
+    frame.loc[::7, "a"] = np.nan
+    columns = ColumnTransformer(
+        [
+            ("numbers", make_pipeline(SimpleImputer(), StandardScaler()), ["a", "b", "c"]),
+            ("town", OneHotEncoder(handle_unknown="ignore", sparse_output=False), ["town"]),
+        ]
+    )
+    torch.manual_seed(0)
+    module = torch.nn.Linear(5, 1)
+    sgd = torch.optim.SGD(module.parameters(), lr=0.2)
+    model = inferway.wrap(module, loss="binary_crossentropy", optimizer=sgd, preprocessing=columns)
+    model.fit(frame, y, epochs=6, batch_size=16, strategy=strategy, workers=2, progress=False)
+    answers = model.predict(frame)
+    # That the town was seen: nothing else tells the classes apart this well.
+    assert np.mean((answers.reshape(-1) > 0) == y) > 0.95
+    assert np.allclose(next(iter(model.onnx.run(frame).values())), answers, atol=1e-5)
 
 
 def test_what_the_strategy_does_not_know_is_refused_before_ray_starts() -> None:
