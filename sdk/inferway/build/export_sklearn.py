@@ -22,6 +22,8 @@ from .trees import exact_thresholds, missing_followed, widen
 from .verify import first_line
 
 OPSETS: Final = {"": 20, "ai.onnx.ml": 3}
+_ASCII_WORDS: Final = "[a-zA-Z0-9_]+"
+_WORDS: Final = rb"[\p{L}\p{N}_][\p{L}\p{N}_]+"
 INNER: Final = "x"
 _FLOAT, _DOUBLE = 1, 11
 
@@ -379,6 +381,7 @@ def convert_estimator(
             failure = error
             break
         _localized(proto)
+        _in_every_script(proto, parts)
         given = [value.name for value in proto.graph.output]
         if len(given) < len(outputs):
             raise ExportError(f"{what} has {len(outputs)} outputs, and its graph has {len(given)}")
@@ -450,6 +453,17 @@ def _localized(proto: Any) -> None:
             del node.attribute[:]
             node.attribute.extend(kept)
             node.attribute.add(name="locale", type=3, s=b"C.UTF-8")
+
+
+def _in_every_script(proto: Any, parts: Sequence[tuple[str, Any]]) -> None:
+    """Words as scikit-learn's default pattern has them: two letters or digits of any script, or more. The converter
+    writes letters of ASCII there, which takes `caf` for a word of `café`."""
+    if any(getattr(part, "token_pattern", None) == _ASCII_WORDS for _, part in parts):
+        return  # somebody's own wish, which looks the same in the graph
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Tokenizer" and attribute.name == "tokenexp" and attribute.s == _ASCII_WORDS.encode():
+                attribute.s = _WORDS
 
 
 def _refused(error: Exception, parts: Sequence[tuple[str, Any]], what: str) -> ExportError:

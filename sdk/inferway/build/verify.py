@@ -119,16 +119,25 @@ def variants(
         )
 
 
+def _foreign(texts: Array) -> Array:
+    """The texts' own words with a letter beyond ASCII at the end of each, and in capitals every other one."""
+    said = [re.sub(r"\b(?=\W|$)", "é", str(text)) for text in texts.ravel()]
+    made = np.empty(len(said), object)
+    made[:] = [text.upper() if at % 2 else text for at, text in enumerate(said)]
+    return made.reshape(texts.shape)
+
+
 def unlikely(example: Arrays) -> Iterator[Arrays]:
     """Rows of a table as they come in service though not in the example, for sources that take them: numbers that are
-    missing, zero or of the other sign, and texts that are empty or were never seen.
+    missing, zero or of the other sign, and texts that are empty, were never seen or have letters of other scripts.
 
     Converters go wrong there without a word: in where a tree sends NaN, in what a booster takes for missing.
     """
     random = np.random.default_rng(1)
     rows = {name: np.take(array, np.arange(_TABLE_ROWS) % len(array), axis=0) for name, array in example.items()}
     changes: tuple[tuple[str, Callable[[Array], Any]], ...] = (
-        ("f", lambda _: np.nan), ("biuf", lambda _: 0), ("f", np.negative), ("O", lambda _: ""), ("O", lambda _: "~?~")
+        ("f", lambda _: np.nan), ("biuf", lambda _: 0), ("f", np.negative), ("O", lambda _: ""), ("O", lambda _: "~?~"),
+        ("O", _foreign),
     )  # fmt: skip
     for kinds, change in changes:
         if not any(array.dtype.kind in kinds for array in rows.values()):

@@ -27,7 +27,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeRegressor
 
-from inferway import ConfigurationError, ExportError, ModelNotBuiltError, to_onnx
+from inferway import ConfigurationError, ExportError, ExportMismatchError, ModelNotBuiltError, to_onnx
 
 X, Y = make_classification(400, 6, n_informative=4, n_redundant=0, n_classes=3, random_state=0)
 XR, YR = make_regression(1500, 6, noise=5, random_state=0)
@@ -137,6 +137,25 @@ def test_numbers_of_a_frame_are_joined_for_a_model_that_takes_a_matrix() -> None
     made = to_onnx(model, frame[:20])
     assert list(map(str, made.inputs)) == ["Alter: INT64 [-1, 1]", "height: FP64 [-1, 1]"]
     assert (made.run(frame)["label"] == model.predict(frame)).all()
+
+
+SAID = ["the parcel came late", "the box was wet", "great and fast", "école fermée à Zürich", "straße gesperrt"] * 3
+
+
+@pytest.mark.parametrize(
+    "words", [{}, {"ngram_range": (1, 2)}, {"lowercase": False}, {"token_pattern": "[a-zA-Z0-9_]+"}]
+)
+def test_words_of_every_script_are_words(words: dict[str, Any]) -> None:
+    model = make_pipeline(TfidfVectorizer(**words), LogisticRegression()).fit(SAID, [0, 0, 1, 1, 0] * 3)
+    said = np.array(["ÉCOLE straße ÜBER", "parcelé boxé", "школа the box", "the boxÉ a late"])
+    exported = to_onnx(model, np.array(SAID[:3]))
+    np.testing.assert_allclose(exported.run(said)["probabilities"], model.predict_proba(said), atol=1e-6)
+
+
+def test_words_that_the_graph_would_cut_elsewhere_are_refused_though_the_example_has_none() -> None:
+    model = make_pipeline(TfidfVectorizer(token_pattern=r"\w+"), LogisticRegression()).fit(SAID, [0, 0, 1, 1, 0] * 3)
+    with pytest.raises(ExportMismatchError, match="computes something else"):
+        to_onnx(model, np.array(SAID[:3]))
 
 
 def test_texts_in_a_list_are_one_input_of_text() -> None:
