@@ -55,6 +55,11 @@ def redact(text: str) -> str:
     return _SECRET.sub(rf"\1_{REDACTED}", text)
 
 
+def _extra(record: logging.LogRecord) -> dict[str, object]:
+    """A record's extra fields, without those that a library keeps on every record for itself, as Ray does."""
+    return {n: value for n, value in record.__dict__.items() if n not in _STANDARD and not n.startswith("_")}
+
+
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time (RFC 3339, UTC), level, logger, message, the record's extra fields, error."""
 
@@ -65,7 +70,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        entry |= {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+        entry |= _extra(record)
         if record.exc_info:
             entry["error"] = self.formatException(record.exc_info)
         if record.stack_info:
@@ -93,9 +98,7 @@ class TextFormatter(logging.Formatter):
         # A caller must not be able to write lines or colours of its own into somebody's terminal.
         message = _printable(record.getMessage())
         extra = "".join(
-            f" {name}={_printable(str(value))}"
-            for name, value in record.__dict__.items()
-            if name not in _STANDARD and value is not None
+            f" {name}={_printable(str(value))}" for name, value in _extra(record).items() if value is not None
         )
         line = f"{moment}.{int(record.msecs):03d} {level} {record.name}: {message}{extra}"
         if record.exc_info:

@@ -348,3 +348,11 @@ def test_a_sample_of_nothing_writes_no_successes(configure: Callable[..., io.Str
 def test_a_sample_has_to_be_a_share(sample: float) -> None:
     with pytest.raises(ValueError, match="sample"):
         access_log(sample=sample)
+
+
+def test_what_a_library_keeps_on_every_record_for_itself_is_not_written() -> None:
+    record = logging.LogRecord("inferway", logging.INFO, "", 0, "hello", (), None)
+    record.__dict__ |= {"_ray_timestamp_ns": 1, "request_id": "r-1"}
+    written = json.loads(JsonFormatter().format(record))
+    assert written["request_id"] == "r-1"
+    assert "_ray_timestamp_ns" not in written

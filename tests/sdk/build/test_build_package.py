@@ -53,7 +53,7 @@ def test_a_packaged_model_is_deployed_with_labels_metadata_golden_examples_and_c
         assert record.metadata["metrics"] == {"accuracy": 0.5}
         assert record.metadata["rows"] == 150
         assert record.metadata["source"]["digest"].startswith("sha256:")
-        assert record.metadata["verification"]["cases"] == 4
+        assert record.metadata["verification"]["cases"] == 6
     assert (client.infer("iris", FLOWERS)["label"] == MODEL.predict(FLOWERS)).all()
     asked = {
         "inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP64", "data": FLOWERS[0].tolist()}],
