@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from .batcher import Answer, InferenceRequest
 from .generation import TextGenerator
+from .relay import Relaying, TextRelay
 from .tensors import Signature
 
 
@@ -61,3 +62,10 @@ class Speaker(Protocol):
 
     @property
     def generator(self) -> TextGenerator: ...
+
+
+def speaking(executor: Executor) -> TextGenerator | TextRelay | None:
+    """What of an executor writes texts under ``/v1``; None where nothing does."""
+    if isinstance(executor, Speaker):
+        return executor.generator
+    return executor.relay if isinstance(executor, Relaying) else None

@@ -34,9 +34,10 @@ from .errors import (
     ModelNotReadyError,
     VersionNotFoundError,
 )
-from .execution import Executor, Speaker
+from .execution import Executor, speaking
 from .generation import TextGenerator
 from .model_config import ModelConfig
+from .relay import TextRelay
 from .runners import RunnerPool
 from .served import ModelEntry, ModelTable, ServedVersion, State
 from .stats import ModelStats
@@ -487,11 +488,9 @@ class ManagedVersions:
         self._unload(leaving)
         logger.info("'%s' version %d is loaded in %.2f s", name, version, self._clock() - started)
         package = opened.text
-        text: TextEncoder | TextGenerator | None = None
+        text: TextEncoder | TextGenerator | TextRelay | None = speaking(executor)
         if package is not None:
             text = TextEncoder(executor, package.spec, package.tokenizer)
-        elif isinstance(executor, Speaker):
-            text = executor.generator
         return ServedVersion(name, version, opened.config, opened.session, executor, found.stats, text=text)
 
     def _need(self, found: _Version) -> int:

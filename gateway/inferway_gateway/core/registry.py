@@ -29,10 +29,11 @@ from .errors import (
     ModelNotReadyError,
     VersionNotFoundError,
 )
-from .execution import Executor, Speaker
+from .execution import Executor, speaking
 from .generation import TextGenerator
 from .managed import ManagedVersions
 from .model_config import ModelConfig
+from .relay import TextRelay
 from .runners import RunnerPool
 from .served import IndexEntry as IndexEntry
 from .served import ModelEntry, ModelTable
@@ -488,7 +489,7 @@ class Registry:
         """Load one version and swap it in. Returns why that failed; what served before then serves on."""
         session: Session | None = None
         executor: Executor
-        text: TextEncoder | TextGenerator | None = None
+        text: TextEncoder | TextGenerator | TextRelay | None = None
         config = found.config
         try:
             artifact = found.artifact(version)
@@ -496,10 +497,11 @@ class Registry:
             builder = self._builders.get(artifact.path.name)
             if self._language is not None and artifact.path.name == LANGUAGE_FILE:
                 executor = await self._language(artifact, stats)
-                text = executor.generator if isinstance(executor, Speaker) else None
+                text = speaking(executor)
                 config = replace(config, platform="inferway_language")
             elif builder is not None:
                 executor = await builder(model.name, version, artifact.path.parent, stats)
+                text = speaking(executor)
             else:
                 session = await self._in_loader(self._backend.open, artifact)
                 package = None

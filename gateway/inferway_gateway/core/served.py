@@ -12,6 +12,7 @@ from .encoding import TextEncoder
 from .execution import Dependent, Executor
 from .generation import TextGenerator
 from .model_config import ModelConfig
+from .relay import TextRelay
 from .stats import ModelStats
 
 State = Literal["UNKNOWN", "READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
@@ -35,7 +36,7 @@ class ServedVersion:
     batcher: Executor
     stats: ModelStats
     wire: Any = None
-    text: TextGenerator | TextEncoder | None = None
+    text: TextGenerator | TextEncoder | TextRelay | None = None
 
     @property
     def profile(self) -> Profile:

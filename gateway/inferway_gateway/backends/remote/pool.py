@@ -21,9 +21,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+from typing import Final, Protocol
 from weakref import WeakSet
 
 import aiohttp
@@ -46,6 +47,16 @@ HANG_S: Final = 1.0
 caller's haste."""
 _DOWN_AFTER: Final = 2
 """Failed probes in a row after which an endpoint counts as down."""
+NETWORK_ERRORS: Final = (aiohttp.ClientError, OSError, httpx.TransportError, httpx.InvalidURL)
+"""What a call may raise, ``TimeoutError`` aside, which is an ``OSError`` and means another thing."""
+
+
+class Reader(Protocol):
+    """Reads an answer as it comes."""
+
+    async def begin(self) -> None:
+        """Read until something of it is there; from then on nothing is tried again. Raises ``CallError``."""
+        ...
 
 
 @dataclass(slots=True)
@@ -57,6 +68,8 @@ class Call:
         headers: beside those that the pool adds: the secret, lengths, ``Inferway-Timeout-Ms``.
         body: buffers, sent one after the other.
         tells_timeout: say in ``Inferway-Timeout-Ms`` how long the gateway waits.
+        reader: makes what reads a successful answer as it comes, from its headers and its bytes; None: it is read
+            as a whole. May raise ``CallError``.
     """
 
     method: str
@@ -64,6 +77,7 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict)
     body: Sequence[Buffer] = ()
     tells_timeout: bool = False
+    reader: Callable[[httpx.Headers, AsyncIterator[bytes]], Reader] | None = None
 
 
 @dataclass(slots=True)
@@ -72,6 +86,7 @@ class Reply:
 
     Attributes:
         attempts: calls that were made for it, those that the endpoints say they made themselves included.
+        rest: of an answer that is read as it comes, of which only the beginning is there. Whoever has it ends it.
     """
 
     status: int
@@ -79,9 +94,29 @@ class Reply:
     body: bytearray
     lane: Lane
     attempts: int = 1
+    rest: Rest | None = None
 
 
-class _CallError(Exception):
+class Rest:
+    """What is still to come of an answer; it counts as outstanding at its endpoint until its end."""
+
+    def __init__(self, response: httpx.Response, reader: Reader, settle: Callable[[str, bool | None], None]) -> None:
+        self.reader = reader
+        self._response = response
+        self._settle = settle
+
+    async def end(self, outcome: str, failed: bool | None) -> None:
+        """The last of it was read, or is not wanted: then the connection is closed.
+
+        Args:
+            outcome: one of ``CALL_OUTCOMES``.
+            failed: what it tells of the endpoint; None: nothing.
+        """
+        self._settle(outcome, failed)
+        await self._response.aclose()
+
+
+class CallError(Exception):
     """One attempt failed."""
 
     def __init__(self, outcome: str, words: str, *, retryable: bool, made: int = 1, broken: bool = False) -> None:
@@ -212,11 +247,11 @@ class UpstreamPool:
         try:
             try:
                 reply = await self._attempt(call, rules.next_lane(), deadline)
-            except _CallError as error:
+            except CallError as error:
                 reply = await self._retried(error, rules, call, deadline)
             reply.attempts += rules.made
             return reply
-        except _CallError as error:
+        except CallError as error:
             raise self._told(rules, error) from error
         except GatewayError as error:
             error.upstream_attempts = max(rules.made, len(rules.tried))
@@ -225,7 +260,7 @@ class UpstreamPool:
             if rules.tried:
                 self._stats.requests += 1
 
-    async def _retried(self, first: _CallError, rules: _Rules, call: Call, deadline: float | None) -> Reply:
+    async def _retried(self, first: CallError, rules: _Rules, call: Call, deadline: float | None) -> Reply:
         """Go on after the failure ``first``. The loop starts with it as the outcome of its attempt 1, so that a request
         that succeeds at once pays nothing for the machinery."""
 
@@ -239,7 +274,7 @@ class UpstreamPool:
         )
         return await loop(attempt)
 
-    def _told(self, rules: _Rules, error: _CallError) -> GatewayError:
+    def _told(self, rules: _Rules, error: CallError) -> GatewayError:
         why = f"upstream '{self.spec.name}' {error}"
         if rules.made > 1:
             why += f", after {rules.made} attempts"
@@ -273,6 +308,7 @@ class UpstreamPool:
             raise DeadlineExceededError("the request's time was over before the upstream could be asked")
         lane.breaker.begin()
         stats.outstanding += 1
+        settled = False
         outcome = "cancelled"
         failed: bool | None = None  # None: it tells nothing of the endpoint
         try:
@@ -284,12 +320,12 @@ class UpstreamPool:
                 outcome = "timeout"
                 if left <= spec.timeout_s:
                     raise DeadlineExceededError("the upstream did not answer within the request's time") from None
-                raise _CallError("timeout", f"did not answer within {spec.timeout_s:g} s", retryable=True) from None
-            except (aiohttp.ClientError, OSError, httpx.TransportError, httpx.InvalidURL) as error:
+                raise CallError("timeout", f"did not answer within {spec.timeout_s:g} s", retryable=True) from None
+            except NETWORK_ERRORS as error:
                 failed = True
-                outcome, words = _broken(error)
-                raise _CallError(outcome, words, retryable=outcome == "broken", broken=True) from error
-            except _CallError as error:
+                outcome, words = broken(error)
+                raise CallError(outcome, words, retryable=outcome == "broken", broken=True) from error
+            except CallError as error:
                 failed = True
                 outcome = error.outcome
                 raise
@@ -298,21 +334,31 @@ class UpstreamPool:
             wanted = (reply.status in RETRY_STATUSES and retry != "false") or (reply.status >= 500 and retry == "true")
             if wanted or reply.status in RETRY_STATUSES:
                 words = f"answered with status {reply.status}"
-                raise _CallError(outcome, words, retryable=wanted, made=_made(reply))
+                raise CallError(outcome, words, retryable=wanted, made=_made(reply))
             reply.attempts = _made(reply)
+            if reply.rest is not None:
+                settled = True  # when it ends
+                if lane.breaker.state != "closed":
+                    lane.breaker.succeed()  # the trial is over: the others need not wait for the end of a long answer
             return reply
         finally:
-            stats.outstanding -= 1
-            stats.outcomes[outcome] += 1
-            if failed is None:
-                lane.breaker.leave()
-            elif failed:
-                before = lane.breaker.state
-                lane.breaker.fail()
-                if before != "open" and lane.breaker.state == "open":
-                    logger.warning("upstream '%s': %s is left alone for a while", spec.name, stats.label)
-            else:
-                lane.breaker.succeed()
+            if not settled:
+                self._settle(lane, outcome, failed)
+
+    def _settle(self, lane: Lane, outcome: str, failed: bool | None) -> None:
+        """A call is over; ``failed`` is what it tells of its endpoint, None where it tells nothing."""
+        stats = lane.endpoint.stats
+        stats.outstanding -= 1
+        stats.outcomes[outcome] += 1
+        if failed is None:
+            lane.breaker.leave()
+        elif failed:
+            before = lane.breaker.state
+            lane.breaker.fail()
+            if before != "open" and lane.breaker.state == "open":
+                logger.warning("upstream '%s': %s is left alone for a while", self.spec.name, stats.label)
+        else:
+            lane.breaker.succeed()
 
     async def _exchange(self, call: Call, lane: Lane, limit_s: float) -> Reply:
         headers = {**call.headers, "Accept-Encoding": "identity", **self._secret}
@@ -326,16 +372,24 @@ class UpstreamPool:
                 stream=Pieces(call.body) if call.body else httpx.ByteStream(b""),
             )
         )
+        rest: Rest | None = None
         try:
+            coding = response.headers.get("content-encoding", "identity").lower()
+            if coding != "identity":
+                raise CallError("failed", "answered compressed, which was not asked for", retryable=False)
+            if call.reader is not None and 200 <= response.status_code < 300:
+                body = aiter(response.stream)  # type: ignore[arg-type]  # asynchronous by its transport
+                reader = call.reader(response.headers, body)
+                await reader.begin()
+                rest = Rest(response, reader, partial(self._settle, lane))
+                return Reply(response.status_code, response.headers, bytearray(), lane, rest=rest)
             return Reply(response.status_code, response.headers, await self._read(response), lane)
         finally:
-            await response.aclose()
+            if rest is None:
+                await response.aclose()
 
     async def _read(self, response: httpx.Response) -> bytearray:
         limit = self.spec.max_response_bytes
-        coding = response.headers.get("content-encoding", "identity").lower()
-        if coding != "identity":
-            raise _CallError("failed", "answered compressed, which was not asked for", retryable=False)
         declared = response.headers.get("content-length", "")
         body = bytearray()
         too_long = declared.isdigit() and int(declared) > limit
@@ -346,7 +400,7 @@ class UpstreamPool:
                     too_long = True
                     break
         if too_long:
-            raise _CallError("failed", f"answered with more than {limit} bytes", retryable=False)
+            raise CallError("failed", f"answered with more than {limit} bytes", retryable=False)
         return body
 
     def _judge(self, reply: Reply, lane: Lane, started: float, left: float) -> tuple[str, bool | None]:
@@ -380,7 +434,7 @@ class UpstreamPool:
             async with asyncio.timeout(self.spec.health_timeout_s):
                 reply = await self._exchange(Call("GET", self.spec.health_path), lane, self.spec.health_timeout_s)
             well = reply.status < 500  # whoever refuses the question is there
-        except (TimeoutError, aiohttp.ClientError, OSError, httpx.TransportError, _CallError):
+        except (TimeoutError, aiohttp.ClientError, OSError, httpx.TransportError, CallError):
             pass
         except Exception:
             logger.exception("upstream '%s': probing %s failed unexpectedly", self.spec.name, endpoint.spec.label)
@@ -412,7 +466,7 @@ class _Rules:
             lane = self._pool.pick(self._lanes, self.tried)
         self._next = None
         if lane is None and self.made:
-            raise _CallError("failed", "failed, and no other endpoint takes requests now", retryable=False, made=0)
+            raise CallError("failed", "failed, and no other endpoint takes requests now", retryable=False, made=0)
         if lane is None:
             wait_s = self._pool.wait_s(self._lanes)
             raise ModelFailingError(
@@ -425,7 +479,7 @@ class _Rules:
 
     def retry(self, state: tenacity.RetryCallState) -> bool:
         error = _error(state)
-        if not isinstance(error, _CallError):
+        if not isinstance(error, CallError):
             return False
         self.made += error.made
         return error.retryable
@@ -442,7 +496,7 @@ class _Rules:
             self.note = "the request's time is over"
             return True
         self._next = pool.pick(self._lanes, self.tried)
-        if self._next is None and isinstance(error, _CallError) and error.broken and len(self._lanes) == 1:
+        if self._next is None and isinstance(error, CallError) and error.broken and len(self._lanes) == 1:
             self._next = pool.pick(self._lanes)
         if self._next is None:
             self.note = "no other endpoint takes requests"
@@ -461,7 +515,7 @@ def _error(state: tenacity.RetryCallState) -> BaseException | None:
     return None if state.outcome is None else state.outcome.exception()
 
 
-def _broken(error: Exception) -> tuple[str, str]:
+def broken(error: Exception) -> tuple[str, str]:
     """How a call that did not end is counted, and in words without addresses."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
         return "broken", "could not be connected to: its certificate is not trusted"
