@@ -12,7 +12,7 @@ None of them is meant for the hot path: tensors' elements are plain Python value
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -486,20 +486,19 @@ class KeyList(Answer):
 
 # --- the life of deployed models ---------------------------------------------------------------------------------
 
-Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DIGEST: Final = r"^[0-9a-f]{64}$"
+ALIAS: Final = r"^[a-z][a-z0-9-]{0,62}$"
+FILE_PATH: Final = r"^[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*(/[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*)*$"
+LABEL: Final = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$"
+
+Digest: TypeAlias = Annotated[str, Field(pattern=DIGEST)]
 DeploymentId: TypeAlias = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,64}$")]
-AliasName: TypeAlias = Annotated[StrictStr, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+AliasName: TypeAlias = Annotated[StrictStr, Field(pattern=ALIAS)]
 VersionNumber: TypeAlias = Annotated[int, Field(ge=1, le=MAX_VERSION), _WHOLE]
-FilePath: TypeAlias = Annotated[
-    StrictStr,
-    Field(
-        max_length=FILE_PATH_MAX_LENGTH,
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*(/[A-Za-z0-9_][A-Za-z0-9._+@=,: -]*)*$",
-    ),
-]
+FilePath: TypeAlias = Annotated[StrictStr, Field(max_length=FILE_PATH_MAX_LENGTH, pattern=FILE_PATH)]
 Labels: TypeAlias = Annotated[
     dict[
-        Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")],
+        Annotated[StrictStr, Field(pattern=LABEL)],
         Annotated[StrictStr, Field(max_length=LABEL_MAX_LENGTH)],
     ],
     Field(max_length=LABELS_MAX_ITEMS),

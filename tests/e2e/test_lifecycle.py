@@ -79,6 +79,18 @@ def broken_cases() -> Iterator[Any]:
         "html": ({"model.onnx": bad["html"]}, "admitted", "model_rejected", ""),
         "operator of another domain": ({"model.onnx": bad["no_such_operator"]}, "admitted", "model_rejected", ""),
         "missing data file": ({"model.onnx": bad["missing_data"]}, "admitted", "model_rejected", "model.onnx.data"),
+        "unknown operator": (
+            {
+                "model.onnx": models.model(
+                    [models.node("Mull", ["x"], ["y"])],
+                    [models.value("x", models.F32, ["n", 4])],
+                    [models.value("y", models.F32, ["n", 4])],
+                )
+            },
+            "admitted",
+            "model_rejected",
+            "operator ai.onnx::Mull: does not exist in this gateway's ONNX Runtime",
+        ),
         "unknown opset": ({"model.onnx": future_opset()}, "admitted", "model_rejected", "opset"),
         "bad option": (
             {"model.onnx": plus(3), "inferway.toml": b"speed = 1"},
@@ -162,11 +174,13 @@ def test_bytes_that_do_not_have_their_digest_are_refused(deployed: LiveGateway) 
         ({"config": {"speed": 1}}, 400, "invalid_parameter", "'config': speed is not known"),
         ({"isolation": "inprocess"}, 403, "permission_denied", "allow_inprocess"),
         ({"isolation": "none"}, 400, "invalid_parameter", "isolation"),
-        ({"alias": "Stable"}, 400, "invalid_parameter", "alias"),
-        ({"extra": 1}, 400, "invalid_parameter", "extra"),
+        ({"alias": "Stable"}, 400, "invalid_parameter", "'alias': expected an alias such as 'stable'"),
+        ({"labels": {"a b": "c"}}, 400, "invalid_parameter", "expected a label's name, 1 to 63 letters, digits"),
+        ({"lables": {}}, 400, "invalid_parameter", "'lables' is not known, expected one of files, version, config"),
         ({"version": 0}, 400, "invalid_parameter", "version"),
+        ({"config": {"batching": {"max_batch_size": 8}}}, 400, "invalid_parameter", "did you mean max_batch_size?"),
     ],
-    ids=["no files", "option", "inprocess", "isolation", "alias", "unknown member", "version"],
+    ids=["no files", "option", "inprocess", "isolation", "alias", "label", "unknown member", "version", "batch size"],
 )
 def test_a_request_that_cannot_be_is_refused_at_once(
     deployed: LiveGateway, members: dict[str, Any], status: int, code: str, words: str
@@ -179,10 +193,30 @@ def test_a_request_that_cannot_be_is_refused_at_once(
     assert deployed.call("GET", "/api/v1/deployments?model=refused")[1] == {"deployments": []}
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["../model.onnx", "/etc/passwd", "a\\b", "", "a//b", ".hidden", "gewichte/ü.bin", "a/../b"],
+    ids=["out", "absolute", "backslash", "empty", "empty part", "hidden", "not ASCII", "inner"],
+)
+def test_a_path_that_cannot_be_a_files_is_shown_with_its_place_and_what_may_be(
+    deployed: LiveGateway, path: str
+) -> None:
+    sent = upload(deployed, plus(1))
+    body = {"files": [{"path": "model.onnx", **sent}, {"path": path, **sent}]}
+    status, answer, _ = deployed.call("POST", "/api/v1/models/paths/versions", body)
+    assert (status, answer["code"]) == (400, "invalid_parameter")
+    assert "'files.1.path': expected a relative path such as 'model.onnx' or 'weights/a.bin'" in answer["detail"]
+    assert f"got {path!a}" in answer["detail"]
+    assert "[A-Za-z" not in answer["detail"]
+
+
 @pytest.mark.parametrize("name", ["-x", "a b", "x" * 129, "ü"])
 def test_a_name_outside_the_pattern_is_refused(deployed: LiveGateway, name: str) -> None:
-    status, answer, _ = deployed.call("POST", f"/api/v1/models/{quote(name)}/versions", {"files": []})
-    assert status in (400, 404), answer
+    body = {"files": [{"path": "model.onnx", **upload(deployed, plus(1))}]}
+    status, answer, _ = deployed.call("POST", f"/api/v1/models/{quote(name)}/versions", body)
+    assert (status, answer["code"]) == (400, "invalid_parameter"), answer
+    assert "expected a model name" in answer["detail"]
+    assert "1 to 128" in answer["detail"]
 
 
 def test_a_name_that_the_folder_has_is_the_operators(deployed: LiveGateway) -> None:

@@ -1,4 +1,5 @@
-"""Bodies about keys: the contract's models on one side, the core's records on the other. Used by routes and CLI."""
+"""Bodies that are asked for, and those about keys: the contract's models on one side, the core's records on the other.
+Used by routes and CLI."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from email.utils import formatdate
 from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from inferway_contract import models as contract
 from inferway_contract.names import SCOPES
@@ -17,21 +19,47 @@ from ..core.keys import KeyRecord, NewKey, Principal, redact
 _Body = TypeVar("_Body", bound=BaseModel)
 _SHOWN_PROBLEMS: Final = 3
 _SHOWN_CHARACTERS: Final = 64
+_FILE_PATH: Final = (
+    "expected a relative path such as 'model.onnx' or 'weights/a.bin': up to 512 ASCII letters, digits, spaces and "
+    "._+@=,:- in parts with '/' between them, of which none is '..' and each begins with a letter, a digit or '_'"
+)
+_PATTERNS: Final[Mapping[str, str]] = {
+    contract.FILE_PATH: _FILE_PATH,
+    contract.DIGEST: "expected a SHA-256 digest, 64 of 0-9 and a-f",
+    contract.ALIAS: "expected an alias such as 'stable': 1 to 63 of a-z, 0-9 and -, a letter first",
+    contract.LABEL: "expected a label's name, 1 to 63 letters, digits and ._/-, a letter or digit first",
+}
+"""Patterns of the contract in words, for which nobody has to read a pattern."""
+_SAFE_TO_SHOW: Final = frozenset({contract.FILE_PATH, contract.ALIAS, contract.LABEL})
 
 
 def read(body: type[_Body], members: Mapping[str, Any]) -> _Body:
     """A body of the contract.
 
     Raises:
-        InvalidParameterError: names the first members that do not fit, and none of their values.
+        InvalidParameterError: names the first members that do not fit, what is expected of them, and of their values
+            only those that are names.
     """
     try:
         return body.model_validate(members)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{_place(problem['loc'])}: {problem['msg']}" for problem in problems[:_SHOWN_PROBLEMS]]
+        problems = error.errors(include_url=False)
+    shown = [f"{_place(problem['loc'])}{_words(body, problem)}" for problem in problems[:_SHOWN_PROBLEMS]]
     more = len(problems) - len(shown)
     raise InvalidParameterError("; ".join(shown) + (f"; and {more} more" if more else ""))
+
+
+def _words(body: type[BaseModel], problem: ErrorDetails) -> str:
+    """What is wrong with a member, and what would not be."""
+    pattern = str(problem.get("ctx", {}).get("pattern"))
+    if problem["type"] == "string_pattern_mismatch" and pattern in _PATTERNS:
+        text = str(problem["input"])
+        shown = redact(text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "...")
+        return f": {_PATTERNS[pattern]}" + (f", got {shown!a}" if pattern in _SAFE_TO_SHOW else "")
+    if problem["type"] == "extra_forbidden":
+        known = f", expected one of {', '.join(body.model_fields)}" if len(problem["loc"]) == 1 else ""
+        return f" is not known{known}"
+    return f": {problem['msg']}"
 
 
 def lifetime(body: contract.KeyCreate) -> float | Literal["never"] | None:

@@ -130,7 +130,10 @@ async def create_version(request: Request) -> Response:
     name = request.path_params["model"]
     body = key_bodies.read(contract.VersionCreate, await json_object(request, DEPLOY_BODY_LIMIT_BYTES))
     if NAME_PATTERN.fullmatch(name) is None:
-        raise InvalidParameterError(f"expected a model name that matches {NAME_PATTERN.pattern}, got '{name[:80]}'")
+        raise InvalidParameterError(
+            "expected a model name in the path, 1 to 128 ASCII letters, digits and ._- with a letter or digit first, "
+            f"got {name[:80]!a}"
+        )
     registry = _registry(request)
     if registry.in_folder(name):
         raise ConflictError(

@@ -227,7 +227,9 @@ def _explain(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     table = _TABLES.get(path[:-1])
     if detail["type"] == "extra_forbidden" and table is not None:
-        return f"{where} is not known, expected one of {', '.join(table.model_fields)}"
+        text = f"{where} is not known, expected one of {', '.join(table.model_fields)}"
+        homes = [".".join((*home, path[-1])) for home, other in _TABLES.items() if path[-1] in other.model_fields]
+        return f"{text}; did you mean {' or '.join(homes)}?" if homes else text
     return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
 
 

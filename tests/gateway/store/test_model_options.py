@@ -80,6 +80,8 @@ def test_what_is_not_said_stays_as_it_was() -> None:
             "batching.enable is not known, expected one of enabled, row_exact, max_queue_rows",
         ),
         ("[session]\nthreads = 2", "session.threads is not known, expected one of providers, intra_op_threads"),
+        ("[batching]\nmax_batch_size = 8", "padding; did you mean max_batch_size?"),
+        ("row_exact = true", "did you mean batching.row_exact?"),
         ("[batching]\nenabled = 1", "batching.enabled: Input should be a valid boolean"),
         ("[batching]\nmax_queue_rows = '10'", "batching.max_queue_rows: Input should be a valid integer"),
         ("run_timeout_s = 0", "run_timeout_s: Input should be greater than 0"),

@@ -17,12 +17,13 @@ import contextlib
 import functools
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
 from ...core.errors import ModelRejectedError
 from .wire import BYTES, FIXED32, FIXED64, VARINT, Field, Source, WireError
@@ -160,6 +161,18 @@ def newest_opset(domain: str) -> int:
     named = "" if domain == "ai.onnx" else domain
     first = _OPSET if named == "" else 1
     return _newest(lambda version: _identity(8, named, version), first, first + 40)
+
+
+@functools.cache
+def _operators() -> Mapping[tuple[str, str], Mapping[int, bool]]:
+    """Operator and domain to the versions of the domain that changed it, and whether it was withdrawn with that one.
+
+    Empty for a runtime that was built without the list; then the load itself tells.
+    """
+    found: dict[tuple[str, str], dict[int, bool]] = {}
+    for schema in getattr(runtime, "get_all_operator_schema", list)():
+        found.setdefault((schema.name, schema.domain), {})[schema.since_version] = schema.deprecated
+    return found
 
 
 _OPSET: Final = 18
@@ -301,6 +314,8 @@ class _Admission:
         self._files = files
         self._allowed = allowed
         self._opsets: dict[str, int] = {}
+        self._oldest: dict[str, int] = {}
+        """As ``_opsets``, where the model and its functions import several versions: the lowest."""
         self._functions: dict[_Call, list[_Call]] = {}
         self._calls: list[_Call] = []
         self._body_calls: dict[_Call, None] = {}
@@ -326,7 +341,7 @@ class _Admission:
             elif number == 7:
                 graphs.append(part)
             elif number == 8:
-                self._import(part, self._opsets)
+                self._import(part)
             elif number == 20:
                 raise _refusal("training", "the model", "has training information: export it for inference")
             elif number == 25:
@@ -409,7 +424,7 @@ class _Admission:
 
     # -- versions and operators
 
-    def _import(self, part: Field, opsets: dict[str, int]) -> None:
+    def _import(self, part: Field) -> None:
         domain, version = "", 0
         for inner in self._source.fields(part.start, part.stop):
             if inner.number == 1:
@@ -417,7 +432,8 @@ class _Admission:
             elif inner.number == 2:
                 version = inner.value
         domain = "" if domain == "ai.onnx" else domain
-        opsets[domain] = max(version, opsets.get(domain, 0))
+        self._opsets[domain] = max(version, self._opsets.get(domain, 0))
+        self._oldest[domain] = min(version, self._oldest.get(domain, version))
 
     def _check_versions(self, ir_version: int) -> None:
         newest = newest_ir_version()
@@ -472,6 +488,39 @@ class _Admission:
                 )
             if domain not in self._opsets:
                 raise _refusal("version", place, "is used, and opset_import does not name its domain: add it")
+            if domain in STANDARD_DOMAINS and _operators():
+                self._check_known(operator, domain, place)
+
+    def _check_known(self, operator: str, domain: str, place: str) -> None:
+        """See that the runtime has an operator of a standard domain, in the version that the model imports."""
+        versions = _operators().get((operator, domain))
+        named = domain or "ai.onnx"
+        newest, oldest = self._opsets[domain], self._oldest[domain]
+        if versions is None:
+            raise _refusal(
+                "operators",
+                place,
+                f"does not exist in this gateway's ONNX Runtime {ort.__version__}, which has {named} up to version "
+                f"{newest_opset(domain)}: look for a mistake in its name or domain, or export with operators that "
+                "are there",
+            )
+        if min(versions) > newest:
+            raise _refusal(
+                "operators",
+                place,
+                f"came with version {min(versions)} of {named}, the model imports version {newest}: export with "
+                f"opset_version={min(versions)} or higher, of which this gateway's ONNX Runtime {ort.__version__} has "
+                f"up to {newest_opset(domain)}",
+            )
+        # Where a function imports an older version, the operator may be its: what is not certain, the load tells.
+        last = max((version for version in versions if version <= oldest), default=None)
+        if last is not None and versions[last]:
+            raise _refusal(
+                "operators",
+                place,
+                f"was withdrawn with version {last} of {named}, the model imports version {newest}: export it again "
+                "for that version with the operators that took its place",
+            )
 
     def _expanded(self) -> int:
         """The number of nodes once every function is written out where it is called; also finds circles."""
@@ -633,7 +682,7 @@ class _Admission:
             elif number == 11:
                 attributes.append(inner)
             elif number == 9:
-                self._import(inner, self._opsets)
+                self._import(inner)
             elif number == 12:
                 self._value(inner, f"value of function {name}")
             elif number in (4, 5, 6, 13):

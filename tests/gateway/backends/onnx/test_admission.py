@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -237,8 +238,8 @@ def test_a_large_initialiser_in_the_file_is_skipped(folder: Path) -> None:
 
 
 def test_lists_with_a_part_per_number_are_passed_over_quickly_and_count(folder: Path) -> None:
-    trees = node("Marker", ["x"], ["y"], domain="ai.onnx.ml", floats=[1.5] * 300_000, ints=list(range(300_000)))
-    content = model([trees], [value("x", F32, ["n"])], [value("y", F32, ["n"])], domains={"ai.onnx.ml": 3})
+    trees = node("TreeEnsemble", ["x"], ["y"], domain="ai.onnx.ml", floats=[1.5] * 300_000, ints=list(range(300_000)))
+    content = model([trees], [value("x", F32, ["n"])], [value("y", F32, ["n"])], domains={"ai.onnx.ml": 5})
     assert look(folder, content, limits=AdmissionLimits(fields=20_000)).nodes == 1
     with pytest.raises(ModelRejectedError, match="more parts than are read"):
         look(folder, content, limits=AdmissionLimits(fields=2_000))
@@ -254,8 +255,6 @@ def test_what_hides_behind_a_list_of_numbers_is_still_seen(folder: Path) -> None
 
 
 def test_the_versions_are_those_that_the_runtime_takes(folder: Path) -> None:
-    import onnxruntime as ort
-
     def loads(ir_version: int, opset: int) -> bool:
         proto = onnx.load_model_from_string(models.identity("FP32"))
         proto.ir_version = ir_version
@@ -274,6 +273,36 @@ def test_the_versions_are_those_that_the_runtime_takes(folder: Path) -> None:
     assert not loads(10, newest_opset("") + 1)
     assert newest_opset("ai.onnx") == newest_opset("") >= 20
     assert newest_opset("com.microsoft") == 1
+
+
+@pytest.mark.parametrize(
+    ("operator", "domain", "opset", "words"),
+    [
+        ("Mull", "", 18, f"operator ai.onnx::Mull: does not exist in this gateway's ONNX Runtime {ort.__version__}"),
+        ("FusedFoo", "com.microsoft", 1, "which has com.microsoft up to version 1"),
+        ("Gelu", "", 18, "came with version 20 of ai.onnx, the model imports version 18: export with opset_version=20"),
+        ("Upsample", "", 18, "was withdrawn with version 10 of ai.onnx, the model imports version 18"),
+    ],
+    ids=["unknown", "unknown of Microsoft", "too new", "withdrawn"],
+)
+def test_an_operator_that_the_runtime_has_not_is_named(
+    folder: Path, operator: str, domain: str, opset: int, words: str
+) -> None:
+    proto = onnx.load_model_from_string(models.identity("FP32"))
+    proto.graph.node[0].op_type, proto.graph.node[0].domain = operator, domain
+    del proto.opset_import[:]
+    proto.opset_import.extend([helper.make_opsetid(domain, opset)])
+    with pytest.raises(ModelRejectedError) as refused:
+        look(folder, proto.SerializeToString())
+    assert words in refused.value.message
+    assert refused.value.message.endswith("(rule: operators)")
+
+
+def test_an_operator_of_an_older_version_is_let_in_where_it_was_not_withdrawn_yet(folder: Path) -> None:
+    proto = onnx.load_model_from_string(models.identity("FP32"))
+    proto.graph.node[0].op_type = "Upsample"
+    proto.opset_import[0].version = 9
+    assert look(folder, proto.SerializeToString()).operators == {"Upsample"}
 
 
 def test_a_missing_file_is_said_to_be_missing(folder: Path) -> None:
