@@ -62,7 +62,8 @@ class UpstreamSpec:
         pool_size: connections open at once, to all endpoints together.
         attempts: the most that are made for one request, the first included.
         retry_ratio: retries may be that share of the requests, 0 to 1.
-        retry_floor_per_s: and so many a second besides, or an upstream of few requests could never retry.
+        retry_floor_per_s: and so many a second besides, for an upstream of few requests, which then may get more than
+            that share of them again.
         breaker_failures: consecutive failures of an endpoint that keep a version's requests away from it.
         breaker_open_s: for how long at first; doubles up to ``breaker_max_open_s`` with each trial that fails.
         max_retry_after_s: the longest time for which an endpoint that says Retry-After is left alone.
@@ -86,7 +87,7 @@ class UpstreamSpec:
     pool_size: int = 100
     attempts: int = 3
     retry_ratio: float = 0.1
-    retry_floor_per_s: float = 1.0
+    retry_floor_per_s: float = 0.0
     breaker_failures: int = 5
     breaker_open_s: float = 1.0
     breaker_max_open_s: float = 30.0
@@ -122,6 +123,11 @@ class RemoteSpec:
     batched: bool | None = None
     dimensions: int | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def has_dots(name: str) -> bool:
+    """Whether a name that stands in a path could be taken for a way up in it, or for none."""
+    return any(part in (".", "..") for part in name.replace("\\", "/").split("/"))
 
 
 CALL_OUTCOMES: Final = ("ok", "refused", "overloaded", "failed", "timeout", "broken", "cancelled")

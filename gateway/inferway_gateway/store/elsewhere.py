@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from ..core.pipeline import MAX_STEPS, PipelineSpec, StepSpec, StepTarget
 from ..core.tensors import DTYPES, MAX_RANK, TensorSpec
-from ..core.upstream import Operation, RemoteSpec
+from ..core.upstream import Operation, RemoteSpec, has_dots
 from .toml_text import parse_toml
 from .triton_config import ConfigError
 
@@ -49,6 +49,14 @@ class RemoteOptions(_Strict):
     batched: bool | None = None
     dimensions: PositiveInt | None = None
     parameters: dict[str, Any] = {}
+
+    @field_validator("model", "version")
+    @classmethod
+    def _stays_in_its_place(cls, value: str | None) -> str | None:
+        # It stands in a path, and clients and proxies on the way resolve dots however they are escaped.
+        if value is not None and (not value.isprintable() or has_dots(value)):
+            raise ValueError("expected a name, without '.' or '..' between slashes, and of what can be printed")
+        return value
 
     @field_validator("parameters")
     @classmethod

@@ -105,7 +105,7 @@ class UpstreamOptions(_Strict):
     pool_size: PositiveInt = 100
     attempts: Annotated[int, Field(ge=1, le=10)] = 3
     retry_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    retry_floor_per_s: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    retry_floor_per_s: Annotated[float, Field(ge=0, le=1000)] = 0.0
     breaker_failures: PositiveInt = 5
     breaker_open_s: PositiveFloat = 1.0
     breaker_max_open_s: PositiveFloat = 30.0

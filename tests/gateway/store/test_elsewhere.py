@@ -28,8 +28,12 @@ def test_a_remote_model_is_an_upstream_and_a_name() -> None:
         (REMOTE + "[parameters]\nstream = true", "'stream' is set by the gateway"),
         (REMOTE + "[parameters]\nsince = 2026-01-01", "no dates and times"),
         ("=", "not TOML"),
+        ('upstream = "a"\nmodel = ".."', "model: expected a name, without '.' or '..'"),
+        ('upstream = "a"\nmodel = "b/../../api"', "model: expected a name, without '.' or '..'"),
+        (REMOTE + 'version = "."', "version: expected a name, without '.' or '..'"),
+        ('upstream = "a"\nmodel = "b\\nc"', "of what can be printed"),
     ],
-    ids=["empty", "url", "version", "operation", "stream", "date", "not-toml"],
+    ids=["empty", "url", "version", "operation", "stream", "date", "not-toml", "up", "far-up", "dot", "line-break"],
 )
 def test_a_wrong_remote_file_names_the_member(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):

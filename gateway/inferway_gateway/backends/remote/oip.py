@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import UpstreamError
 from ...core.tensors import DTYPES, MAX_RANK, Arrays, Signature, TensorSpec
+from ...core.upstream import has_dots
 from .transport import Buffer
 
 MAX_TENSORS: Final = 256
@@ -40,6 +41,13 @@ class SignatureMismatchError(UpstreamError):
 
 
 def model_path(model: str, version: str | None) -> str:
+    """The path of a model at an upstream.
+
+    Raises:
+        UpstreamError: a name has ``.`` or ``..`` between slashes, which may lead elsewhere however they are escaped.
+    """
+    if has_dots(model) or has_dots(version or ""):
+        raise UpstreamError("expected names of a model and its version without '.' or '..' between slashes")
     path = "/v2/models/" + quote(model, safe="")
     return path if version is None else f"{path}/versions/{quote(version, safe='')}"
 

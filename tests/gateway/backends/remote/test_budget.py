@@ -30,13 +30,31 @@ def test_a_few_a_second_are_allowed_besides() -> None:
     assert [budget.withdraw() for _ in range(3)] == [True, True, False]
 
 
-def test_quiet_times_save_up_only_so_much() -> None:
+def test_quiet_times_save_up_the_share_of_the_last_seconds_requests() -> None:
     clock = Clock()
-    budget = RetryBudget(0.1, 1.0, clock)
-    clock.now += 3600
+    budget = RetryBudget(0.1, 0.0, clock)
+    for _ in range(100_000):
+        budget.deposit()
+        clock.now += 0.01
+    assert 99 <= sum(budget.withdraw() for _ in range(200)) <= 100, "a tenth of ten seconds' requests"
+
+
+def test_what_was_saved_up_is_forgotten_when_requests_become_few() -> None:
+    clock = Clock()
+    budget = RetryBudget(0.1, 0.0, clock)
     for _ in range(10_000):
         budget.deposit()
-    assert sum(budget.withdraw() for _ in range(100)) == 10
+    clock.now += 60
+    assert sum(budget.withdraw() for _ in range(200)) == 2, "of 10,000 requests 25 count after six times ten seconds"
+
+
+def test_one_retry_is_always_saved_up() -> None:
+    clock = Clock()
+    budget = RetryBudget(0.1, 0.0, clock)
+    for _ in range(50):
+        budget.deposit()
+        clock.now += 60
+    assert [budget.withdraw(), budget.withdraw()] == [True, False]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1])

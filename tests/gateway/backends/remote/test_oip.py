@@ -152,7 +152,15 @@ def test_an_upstreams_words_are_made_fit_for_a_message(body: bytes, said: str) -
 
 
 def test_a_models_name_cannot_lead_elsewhere() -> None:
-    assert oip.model_path("../../a?b#c", "1/x") == "/v2/models/..%2F..%2Fa%3Fb%23c/versions/1%2Fx"
+    assert oip.model_path("b/a?b#c", "1/x") == "/v2/models/b%2Fa%3Fb%23c/versions/1%2Fx"
+
+
+@pytest.mark.parametrize(
+    ("model", "version"), [("..", None), (".", "1"), ("a", ".."), ("../../api", "1"), ("a/./b", None), ("a\\..", None)]
+)
+def test_names_that_are_ways_in_a_path_are_none(model: str, version: str | None) -> None:
+    with pytest.raises(UpstreamError, match="between slashes"):
+        oip.model_path(model, version)
 
 
 @pytest.mark.parametrize(

@@ -251,3 +251,43 @@ def test_thirty_seconds_of_trouble_are_not_made_worse(how: str) -> None:
     assert requests > 200
     assert calls <= 1.2 * requests, (calls, requests)
     assert late_failures == 0
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("per_s", [0.5, 1, 5, 50])
+def test_trouble_is_not_made_worse_for_an_upstream_of_few_requests(per_s: float, share: float) -> None:
+    """What quiet times save up, and what is granted by the second, is little where requests are few, too."""
+
+    async def work() -> tuple[int, int]:
+        requests = calls = 0
+        coin = random.Random(1)
+
+        async def answer(_: str) -> Any:
+            await asyncio.sleep(0.02)
+            return 503 if 60 <= asyncio.get_running_loop().time() < 90 and coin.random() < share else 200
+
+        async with opened(answer) as (pool, _):
+            lanes = pool.lanes()
+            loop = asyncio.get_running_loop()
+
+            async def ask() -> None:
+                nonlocal requests, calls
+                during = 60 <= loop.time() < 90
+                try:
+                    made = (await pool.send(CALL, lanes, loop.time() + 10)).attempts
+                except GatewayError as error:
+                    made = error.upstream_attempts
+                if during:
+                    requests += 1
+                    calls += made
+
+            chance = random.Random(2)
+            async with asyncio.TaskGroup() as asking:
+                while loop.time() < 90:
+                    asking.create_task(ask())
+                    await asyncio.sleep(chance.expovariate(per_s))
+        return requests, calls
+
+    requests, calls = virtually(work)
+    assert requests >= 10
+    assert calls <= 1.2 * requests, (calls, requests)
