@@ -5,6 +5,10 @@ It imports everything once, then forks for each run, so that a run takes millise
     RUN STATE OPERATION ACK     fork; the answer is the pid of the child, which has opened the stores and waits
     GO                          let the child begin; the answer is its exit status once it has ended
 
+What deploys, follows, rolls back and deletes are the gateway's own parts in its own order: the stores, the checks, the
+state machine of deployments and the follower. Only what a version's files are opened into is a stand-in, which writes
+nothing either.
+
 The stores' threads are replaced by the one that calls, because strace counts calls per thread. What was done is told by
 a symbolic link called ACK, whose target are the words: no other call of the registry's makes one.
 """
@@ -13,27 +17,60 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+import logging
 import os
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from inferway_gateway.core.catalog import AliasSpec, FileRef, Step, VersionSpec
+import numpy as np
+
+from inferway_gateway.core import opening
+from inferway_gateway.core.batcher import Answer, InferenceRequest
+from inferway_gateway.core.budget import MemoryBudget
+from inferway_gateway.core.catalog import DeploymentRecord, FileRef, VersionRecord, VersionSpec
+from inferway_gateway.core.deployments import Deployer, Follower, process_id
+from inferway_gateway.core.execution import Executor
+from inferway_gateway.core.managed import ManagedVersions
+from inferway_gateway.core.opening import VersionOpener
+from inferway_gateway.core.routing import Router
+from inferway_gateway.core.runners import RunnerPool
+from inferway_gateway.core.stats import ModelStats
+from inferway_gateway.core.tensors import Signature, TensorSpec
 from inferway_gateway.store import blobs, sql
 from inferway_gateway.store.blobs import StorageLimits
 from inferway_gateway.store.catalog import SqlCatalog, open_catalog
 from inferway_gateway.store.database import open_keys
 from inferway_gateway.store.storage import Storage, open_storage
+from inferway_gateway.store.version_checks import VersionChecks
+from inferway_gateway.store.version_config import read_artifact
 
 T = TypeVar("T")
 KEY = "a1B2c3D4e5F6"
 GRAPH = b"graph " * 100_000
 WEIGHTS = b"weights " * 100_000
 KEY_NAME = "made by the driver"
+LESS_WEIGHTS = WEIGHTS[:700_000]
+GOOD, WRONG = (
+    json.dumps(
+        {
+            "examples": [
+                {
+                    "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0, 1, 2, 3]}],
+                    "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 4], "data": [first, 1, 2, 3]}],
+                }
+            ]
+        }
+    ).encode()
+    for first in (0, 9)
+)
+"""Golden examples that the stand-in gives, and others."""
 
 
 class Inline(ThreadPoolExecutor):
@@ -73,18 +110,70 @@ async def put(storage: Storage, content: bytes) -> None:
     await storage.blobs.put_stream(digest_of(content), pieces(), by=KEY)
 
 
-def spec_of(weights: bytes) -> VersionSpec:
-    files = (FileRef("model.onnx", digest_of(GRAPH), len(GRAPH)), FileRef("w/a.bin", digest_of(weights), len(weights)))
-    return VersionSpec("churn", "onnx", files)
+class Stand:
+    """What a version is opened into: answers each input with itself."""
+
+    inline = row_exact = True
+    signature = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("y", "FP32", (-1, 4)),), batched=True)
+
+    def run_inline(self, request: InferenceRequest) -> Answer:
+        return Answer([np.array(request.inputs["x"])], 0, 0, 0, 0, request.rows)
+
+    async def infer(self, request: InferenceRequest) -> Answer:
+        return self.run_inline(request)
+
+    async def drain(self, timeout_s: float) -> int:
+        return 0
+
+    async def close(self) -> bool:
+        return True
 
 
-async def deploy(catalog: SqlCatalog, storage: Storage, weights: bytes) -> None:
-    spec = spec_of(weights)
-    digest = digest_of(repr(spec).encode())
-    running = await catalog.begin_deployment(spec, digest=digest, isolation="worker", by=KEY, owner="driver")
-    await catalog.advance_deployment(running.id, Step.CHECKED)
-    version = await catalog.commit_deployment(running.id, None, AliasSpec({running.version: 100.0}))
-    await storage.versions.materialise(version)
+@dataclass
+class Parts:
+    """Those of a gateway that change its registry."""
+
+    catalog: SqlCatalog
+    storage: Storage
+    follower: Follower
+    deployer: Deployer
+
+    async def deploy(self, spec: VersionSpec) -> DeploymentRecord:
+        """Carry a deployment out to its end, as a gateway does."""
+        record = await self.deployer.submit(spec, isolation="worker", by=KEY)
+        while record.state == "running":
+            record = await self.deployer.wait(record.id, record.step, 10)
+        return record
+
+
+@asynccontextmanager
+async def gateway(state: Path) -> AsyncIterator[Parts]:
+    """A gateway's parts as it has them once it has started."""
+    async with AsyncExitStack() as stack:
+        catalog, storage = await stack.enter_async_context(opened(state))
+        runners = await stack.enter_async_context(RunnerPool(1))
+
+        async def stand(record: VersionRecord, folder: Path, stats: ModelStats) -> Executor:
+            assert (folder / "model.onnx").stat().st_size == len(GRAPH)
+            return Stand()
+
+        opener = VersionOpener(storage.versions.materialise, read_artifact, {}, {"onnx": stand})
+        await stack.enter_async_context(opener)
+        managed = ManagedVersions(opener, runners, MemoryBudget(1 << 30))
+        stack.push_async_callback(managed.close)
+        checks = VersionChecks(storage.blobs, storage.versions, None)
+        follower = Follower(catalog, managed, Router(), remove=checks.remove)
+        deployer = Deployer(catalog, managed, checks, follower.follow, owner=process_id(), poll_s=0.01)
+        stack.push_async_callback(deployer.close)
+        await deployer.end_interrupted()
+        await follower.follow()
+        yield Parts(catalog, storage, follower, deployer)
+
+
+def spec_of(weights: bytes, golden: bytes = GOOD) -> VersionSpec:
+    contents = {"model.onnx": GRAPH, "w/a.bin": weights, "golden.json": golden}
+    files = tuple(FileRef(path, digest_of(content), len(content)) for path, content in contents.items())
+    return VersionSpec("churn", "onnx", files, alias="stable")
 
 
 async def act(state: Path, operation: str, begin: Callable[[], None], acknowledge: Callable[[], None]) -> None:
@@ -100,29 +189,35 @@ async def act(state: Path, operation: str, begin: Callable[[], None], acknowledg
             await keys.service.create(name=KEY_NAME, scopes=["infer"], models=["*"], environment="live")
             acknowledge()
     else:
-        async with opened(state) as (catalog, storage):
-            await catalog.revision()
+        async with gateway(state) as parts:
             begin()
-            await change(operation, catalog, storage)
+            await change(operation, parts)
             acknowledge()
 
 
-async def change(operation: str, catalog: SqlCatalog, storage: Storage) -> None:
+async def change(operation: str, parts: Parts) -> None:
+    catalog, storage = parts.catalog, parts.storage
     match operation:
         case "upload":
             await put(storage, GRAPH)
         case "deploy":
-            for left in await catalog.running_deployments():
-                await catalog.end_deployment(left.id, code="internal", message="interrupted", step=None)
-            await deploy(catalog, storage, WEIGHTS[:700_000])
+            ended = await parts.deploy(spec_of(LESS_WEIGHTS))
+            if ended.state != "succeeded":
+                raise RuntimeError(f"{ended.error_code} at {ended.failed_step}")
+        case "deploy in vain":
+            ended = await parts.deploy(spec_of(LESS_WEIGHTS, WRONG))
+            if ended.error_code != "golden_mismatch":
+                raise RuntimeError(f"{ended.error_code} at {ended.failed_step}")
         case "roll back":
             alias = await catalog.alias("churn", "stable")
             if alias.spec.weights == {2: 100.0}:
                 assert alias.previous is not None
                 await catalog.set_alias("churn", "stable", alias.previous, by=KEY, kind="rolled_back")
+            await parts.follower.follow()
         case "delete":
             if any(version.model == "churn" for version in (await catalog.snapshot()).versions):
                 await catalog.delete_model("churn", by=KEY)
+            await parts.follower.follow()
             await storage.collect(0)
         case other:
             raise AssertionError(other)
@@ -132,20 +227,22 @@ async def prepare(state: Path, operation: str) -> None:
     """What there is before it."""
     if operation == "open":
         return
-    async with opened(state) as (catalog, storage):
-        if operation in ("deploy", "roll back", "delete"):
-            for content in (GRAPH, WEIGHTS, WEIGHTS[:700_000]):
-                await put(storage, content)
+    async with gateway(state) as parts:
+        if operation not in ("upload", "create a key"):
+            for content in (GRAPH, WEIGHTS, LESS_WEIGHTS, GOOD, WRONG):
+                await put(parts.storage, content)
         if operation in ("roll back", "delete"):
-            await deploy(catalog, storage, WEIGHTS)
-            await deploy(catalog, storage, WEIGHTS[:700_000])
+            for weights in (WEIGHTS, LESS_WEIGHTS):
+                assert (await parts.deploy(spec_of(weights))).state == "succeeded"
     if operation == "create a key":
         async with open_keys(database_url=database_of(state), state_dir=state):
             pass
 
 
 def child(state: Path, operation: str, ack: Path, begin: Callable[[], None]) -> None:
-    sql.ThreadPoolExecutor = blobs.ThreadPoolExecutor = Inline  # type: ignore[attr-defined]
+    logging.disable()  # what is written to a terminal is none of the registry's
+    for module in (sql, blobs, opening):
+        module.ThreadPoolExecutor = Inline  # type: ignore[attr-defined]
 
     async def main(begin: Callable[[], None], acknowledge: Callable[[], None]) -> None:
         asyncio.get_running_loop().set_default_executor(Inline())
