@@ -67,6 +67,7 @@ from .store.blobs import BlobStore, StorageLimits
 from .store.catalog import SqlCatalog, open_catalog
 from .store.database import open_keys
 from .store.elsewhere import ENSEMBLE_FILE, PIPELINE_FILE, REMOTE_FILE
+from .store.history import HistoryLimits, keep_short
 from .store.repository import ModelRepository
 from .store.sql import cause_in_words
 from .store.state import StateError
@@ -356,6 +357,9 @@ def create_app(settings: Settings, hub: Hub | None = None) -> GatewayApplication
             )
             tidying = asyncio.create_task(storage.keep_tidy(), name="inferway-storage")
             stack.push_async_callback(_end, tidying)
+            kept = HistoryLimits(settings.history_s, settings.history_per_model)
+            forgetting = asyncio.create_task(keep_short(catalog, kept), name="inferway-history")
+            stack.push_async_callback(_end, forgetting)
             await _check_exposure(settings, keys.service)
             templates = TemplateRenderer()
             stack.push_async_callback(templates.close)

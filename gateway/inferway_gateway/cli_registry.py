@@ -22,9 +22,12 @@ from .core.errors import GatewayError, StoreUnavailableError
 from .settings import Settings
 from .store.blobs import StorageLimits
 from .store.catalog import SqlCatalog, open_catalog
+from .store.history import HistoryLimits, forget_history
 from .store.sql import cause_in_words
 from .store.state import StateError
 from .store.storage import Storage, open_storage
+
+_Act = Callable[[argparse.Namespace, Settings, SqlCatalog, Storage], Awaitable[int]]
 
 
 def add_parser(commands: Any) -> None:
@@ -37,7 +40,7 @@ def add_parser(commands: Any) -> None:
     )
     actions = registry.add_subparsers(dest="action", required=True, metavar="ACTION")
     _action(actions, "check", _check, "hold every stored file against its digest, and list what is wrong")
-    collect = _action(actions, "gc", _collect, "remove files that no model version has")
+    collect = _action(actions, "gc", _collect, "remove files that no model version has, and history beyond its limits")
     collect.add_argument(
         "--grace-s",
         type=_seconds,
@@ -78,11 +81,11 @@ async def _with_storage(settings: Settings, args: argparse.Namespace) -> int:
             cache_bytes=settings.blob_cache_bytes,
         ) as storage,
     ):
-        act: Callable[[argparse.Namespace, SqlCatalog, Storage], Awaitable[int]] = args.act
-        return await act(args, catalog, storage)
+        act: _Act = args.act
+        return await act(args, settings, catalog, storage)
 
 
-async def _check(args: argparse.Namespace, catalog: SqlCatalog, storage: Storage) -> int:
+async def _check(args: argparse.Namespace, _: Settings, catalog: SqlCatalog, storage: Storage) -> int:
     problems = await storage.check()
     blobs = await catalog.blobs()
     versions = (await catalog.snapshot()).versions
@@ -99,17 +102,19 @@ async def _check(args: argparse.Namespace, catalog: SqlCatalog, storage: Storage
     return 1 if bad else 0
 
 
-async def _collect(args: argparse.Namespace, _: SqlCatalog, storage: Storage) -> int:
+async def _collect(args: argparse.Namespace, settings: Settings, catalog: SqlCatalog, storage: Storage) -> int:
     swept = await storage.collect(args.grace_s)
+    forgotten = await forget_history(catalog, HistoryLimits(settings.history_s, settings.history_per_model))
     found = swept.collected
     freed = found.blob_bytes + found.orphan_bytes + found.upload_bytes
     if args.json:
-        print(json.dumps({**asdict(found), "directories": swept.directories}))
+        print(json.dumps({**asdict(found), "directories": swept.directories, **forgotten._asdict()}))
     _say(
         args,
         f"Removed {_count(found.blobs, 'file')} that no version has, {_count(found.orphans, 'leftover file')}, "
         f"{_count(found.uploads, 'upload')} that nobody continued and "
-        f"{_count(swept.directories, 'version directory')}: {freed} bytes.",
+        f"{_count(swept.directories, 'version directory')}: {freed} bytes. Forgot "
+        f"{_count(forgotten.events, 'old event')} and {_count(forgotten.deployments, 'old deployment')}.",
     )
     return 0
 

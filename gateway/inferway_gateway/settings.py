@@ -175,6 +175,12 @@ class Settings(BaseSettings):
     blob_grace_s: PositiveFloat = 3600.0
     """Seconds for which a file that no model version has is kept, for a deployment that is about to begin."""
 
+    history_s: float = Field(default=365 * 86_400.0, gt=0, le=100 * 365 * 86_400.0)
+    """Seconds for which events, and deployments that have ended, are kept; by default a year. What is deployed, by
+    whom, and where aliases point is kept anyway."""
+    history_per_model: PositiveInt = 10_000
+    """The most events, and the most ended deployments, that are kept of one model, whatever their age."""
+
     log_format: Literal["auto", "json", "text"] = "auto"
     """auto: text on a terminal, JSON elsewhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 import models
-from deploying import begin, deploy, digest_of, golden, infer, upload, watch
+from deploying import LIMIT_S, begin, deploy, digest_of, golden, infer, upload, watch
 from live import LiveGateway, run_gateway
 
 STEPS = ["received", "checked", "admitted", "loaded", "warmed", "compared", "ready"]
@@ -459,3 +459,24 @@ def test_swaps_under_load_lose_no_request_and_mix_no_versions(deployed: LiveGate
         assert status == 200, got
         assert answered_by is not None
         assert got == 1.0 + increments[answered_by]
+
+
+def test_a_gateway_forgets_history_beyond_its_limits_and_serves_what_is_deployed(tmp_path: Path) -> None:
+    folder, state = tmp_path / "models", tmp_path / "state"
+    folder.mkdir()
+    with run_gateway(folder, state) as gateway:
+        deploy(gateway, "kept", plus(1))
+        for version in (1, 2):
+            status, answer = begin(gateway, "kept", {"model.onnx": b"no model %d" % version})
+            assert status == 202
+            watch(gateway, answer)
+        assert len(kinds(gateway, "kept")) == 7
+    with run_gateway(folder, state, environment={"INFERWAY_HISTORY_PER_MODEL": "1"}) as gateway:
+        end = time.monotonic() + LIMIT_S
+        while len(gateway.call("GET", "/api/v1/deployments?model=kept")[1]["deployments"]) > 1:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert kinds(gateway, "kept") == ["deployment_failed"]
+        assert infer(gateway, "kept") == (200, 2.0, "1")
+        version = gateway.call("GET", "/api/v1/models/kept/versions/1")[1]
+        assert version["created_by"]

@@ -143,6 +143,27 @@ class TestCollecting:
         assert "1 version directory" in registry.err
         assert list(registry.state.glob("versions/*")) + list(registry.state.glob("blobs/sha256/*/*")) == []
 
+    def test_forgets_history_beyond_its_limits(self, registry: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def fail(catalog: SqlCatalog, _: Storage) -> None:
+            spec = VersionSpec("churn", "onnx", (FileRef("model.onnx", DIGEST, len(CONTENT)),))
+            for number in range(4):
+                run = await catalog.begin_deployment(
+                    spec, digest=f"{number + 1}" * 64, isolation="worker", by=KEY, owner="g"
+                )
+                await catalog.end_deployment(run.id, code="model_rejected", message="no", step=None)
+
+        registry.using(fail)
+        assert registry("gc") == 0
+        assert "Forgot no old events and no old deployments." in registry.err
+        monkeypatch.setenv("INFERWAY_HISTORY_PER_MODEL", "2")
+        assert registry("gc", "--json") == 0
+        gone = json.loads(registry.out)
+        assert (gone["events"], gone["deployments"]) == (3 + 8 - 2, 5 - 2)
+        assert "Forgot 9 old events and 3 old deployments." in registry.err
+        assert registry("check") == 0
+        monkeypatch.setenv("INFERWAY_HISTORY_S", "1e300")
+        assert registry("gc") == 2
+
     @pytest.mark.parametrize("grace", ["x", "-1", "nan"])
     def test_takes_a_number_of_seconds(self, registry: Shell, grace: str) -> None:
         assert registry("gc", "--grace-s", grace) == 2

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import sqlalchemy as sa
 
@@ -65,6 +65,17 @@ _T = TypeVar("_T")
 MAX_VERSION: Final = 2_000_000_000
 _MANY: Final = 500
 """Values in one IN: fewer than any version of SQLite takes."""
+
+
+_FORGET: Final = 2000
+"""Rows that one transaction forgets: some milliseconds, for which whoever deploys waits."""
+
+
+class Forgotten(NamedTuple):
+    """How many records of the past were deleted."""
+
+    events: int
+    deployments: int
 
 
 def utc_now() -> datetime:
@@ -152,6 +163,57 @@ class SqlCatalog(SqlStore):
             return [Event(**row._asdict()) for row in rows]
 
         return await self._call(work)
+
+    # --- forgetting --------------------------------------------------------------------------------------------------
+
+    def now(self) -> datetime:
+        """The moment by the clock that records are given theirs by."""
+        return self._now()
+
+    async def forget_history(self, older_than: datetime, per_model: int) -> Forgotten:
+        """Delete events, and deployments that have ended, which are older or of which their model has more.
+
+        Args:
+            older_than: an event is as old as it is, a deployment as its last change.
+            per_model: so many events, and so many ended deployments, stay of each model at the most, the youngest.
+        Raises:
+            StoreUnavailableError: some may be deleted.
+        """
+        ended = DEPLOYMENTS.c.state != "running"
+        return Forgotten(
+            await self._forget(EVENTS.c.id, EVENTS.c.at < older_than, sa.true(), per_model),
+            await self._forget(DEPLOYMENTS.c.sequence, DEPLOYMENTS.c.updated_at < older_than, ended, per_model),
+        )
+
+    async def _forget(
+        self, order: sa.Column[Any], old: sa.ColumnElement[bool], over: sa.ColumnElement[bool], per_model: int
+    ) -> int:
+        """Delete records that are over, and old or beyond the number; ``order`` is the column that they are ordered by,
+        and unique."""
+        table = order.table
+        model = table.c.model
+
+        def crowded(connection: sa.Connection) -> list[sa.ColumnElement[bool]]:
+            query = sa.select(model).where(over).group_by(model).having(sa.func.count() > per_model)
+            found = []
+            for name in connection.execute(query).scalars().all():
+                here = sa.select(order).where(over, model == name).order_by(order.desc())
+                last = connection.execute(here.offset(per_model).limit(1)).scalar_one_or_none()
+                if last is not None:
+                    found.append(sa.and_(model == name, order <= last))
+            return found
+
+        total = 0
+        for which in (old, *await self._call(crowded)):
+            some = sa.select(order).where(over, which).order_by(order).limit(_FORGET)
+            change = sa.delete(table).where(order.in_(some))
+
+            def work(connection: sa.Connection, change: sa.Delete = change) -> int:
+                return connection.execute(change).rowcount
+
+            while deleted := await self._call(work, write=True):
+                total += deleted
+        return total
 
     # --- deploying ---------------------------------------------------------------------------------------------------
 

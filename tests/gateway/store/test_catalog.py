@@ -37,7 +37,7 @@ from inferway_gateway.core.errors import (
     QuotaExceededError,
     VersionNotFoundError,
 )
-from inferway_gateway.store.catalog import SqlCatalog, open_catalog
+from inferway_gateway.store.catalog import Forgotten, SqlCatalog, open_catalog
 
 NOW = datetime(2026, 11, 23, 12, 0, 0, 123456, tzinfo=UTC)
 KEY = "a1B2c3D4e5F6"
@@ -93,6 +93,64 @@ async def deploy(catalog: Catalog, word: object = "first", wanted: VersionSpec |
 
 async def kinds(catalog: Catalog, model: str | None = None) -> list[str]:
     return [event.kind for event in reversed(await catalog.events(model))]
+
+
+class TestHistory:
+    async def test_what_is_old_is_forgotten_and_what_is_stays(self, catalog: SqlCatalog, clock: Clock) -> None:
+        first = await deploy(catalog)
+        failed = await begin(catalog, "second")
+        await catalog.end_deployment(failed.id, code="model_rejected", message="no", step=Step.ADMITTED)
+        running = await begin(catalog, "third")
+        clock.now += timedelta(days=10)
+        await catalog.set_alias("churn", "canary", AliasSpec({1: 100.0}), by=KEY)
+        revision, snapshot = await catalog.revision(), await catalog.snapshot()
+
+        assert await catalog.forget_history(clock.now - timedelta(days=11), 100) == Forgotten(0, 0)
+        assert await catalog.forget_history(clock.now - timedelta(days=9), 100) == Forgotten(6, 2)
+
+        assert await kinds(catalog) == ["alias_set"]
+        assert [record.id for record in await catalog.deployments()] == [running.id]
+        assert (await catalog.snapshot()).versions == (first,)
+        assert await catalog.snapshot() == snapshot
+        assert await catalog.revision() == revision, "nobody has to follow"
+        with pytest.raises(DeploymentNotFoundError):
+            await catalog.deployment(failed.id)
+
+    async def test_each_model_keeps_its_youngest(self, catalog: SqlCatalog) -> None:
+        for model, count in (("busy", 7), ("quiet", 2)):
+            for number in range(count):
+                made = await begin(catalog, (model, number), spec(model))
+                await catalog.end_deployment(made.id, code="model_rejected", message=str(number), step=None)
+        running = [await begin(catalog, ("busy", "runs", number), spec("busy")) for number in range(4)]
+
+        assert await catalog.forget_history(NOW - timedelta(days=1), 3) == Forgotten(18 - 3 + 1, 4)
+
+        busy, quiet = await catalog.deployments("busy"), await catalog.deployments("quiet")
+        assert [record.id for record in busy[:4]] == [record.id for record in reversed(running)]
+        assert [record.error_message for record in busy[4:]] == ["6", "5", "4"]
+        assert [record.error_message for record in quiet] == ["1", "0"]
+        assert await kinds(catalog, "busy") == ["deployment_started"] * 3
+        assert await kinds(catalog, "quiet") == ["deployment_failed", "deployment_started", "deployment_failed"]
+        assert await catalog.forget_history(NOW - timedelta(days=1), 3) == Forgotten(0, 0)
+
+    async def test_more_than_one_transaction_takes_are_forgotten_whoever_else_writes(
+        self, catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("inferway_gateway.store.catalog._FORGET", 4)
+        for number in range(30):
+            await catalog.add_event("worker_crashed", "churn", version=number, by="gateway")
+        forgotten, again, _ = await asyncio.gather(
+            catalog.forget_history(NOW, 5), catalog.forget_history(NOW, 5), deploy(catalog)
+        )
+        assert forgotten.events + again.events in (25, 26, 27, 28)
+        assert await catalog.forget_history(NOW, 5) == Forgotten(28 - forgotten.events - again.events, 0)
+        events = await catalog.events()
+        assert len(events) == 5
+        newest = events[0].id
+        await catalog.forget_history(NOW + timedelta(days=1), 1)
+        assert await catalog.events() == []
+        await catalog.add_event("worker_crashed", "churn", by="gateway")
+        assert (await catalog.events())[0].id > newest, "an id is never given twice"
 
 
 class TestDeployments:
