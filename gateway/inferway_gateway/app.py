@@ -17,7 +17,7 @@ from typing import Final, TypedDict
 from starlette.applications import Starlette
 
 from .backends.isolation import ChosenIsolation
-from .backends.language.backend import LanguageBackend, admit_language
+from .backends.language.backend import LanguageBackend, admit_language, weigh_language
 from .backends.language.executor import LanguageExecutor
 from .backends.onnx import OnnxBackend
 from .backends.onnx.admission import EXTENSIONS_DOMAINS, admit
@@ -521,9 +521,17 @@ def _admit(extensions_models: Collection[str], artifact: Artifact, files: Collec
 
 
 def _weigh(record: VersionRecord, folder: Path) -> int:
-    """What weights of 16 bits take more than their files, because processors compute in 32."""
+    """What a version takes beyond its files: weights of 16 bits, because processors compute in 32; the same weights
+    again in each further process; keys and values of a language model."""
     try:
-        return admit(read_artifact(record, folder).path, allowed_domains=EXTENSIONS_DOMAINS).half_bytes
+        artifact = read_artifact(record, folder)
+        if record.kind == "language":
+            return weigh_language(artifact)
+        half_bytes = admit(artifact.path, allowed_domains=EXTENSIONS_DOMAINS).half_bytes
+        others = (artifact.config.instances or 1) - 1
+        # A model of one row maps its weights where they are large, and then they are in memory once.
+        mapped = artifact.config.max_batch_size == 1 or record.isolation != "worker"
+        return half_bytes + (0 if mapped else others * (sum(file.size for file in record.files) + half_bytes))
     except GatewayError:
         return 0  # it was let in before, and is not judged again here
 

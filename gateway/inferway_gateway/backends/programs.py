@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from .footprint import MemoryUse, MemoryWatch
 from .language import frames
 
 START_LIMIT_S: Final = 30.0
@@ -59,6 +60,12 @@ class Program:
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
+
+    def memory(self) -> MemoryUse | None:
+        """What the process takes now; None where it is gone, or the system does not tell."""
+        with suppress(OSError), MemoryWatch(self._process.pid) as watch:
+            return watch.read()
+        return None
 
     def ask(self, *message: bytes, limit_s: float) -> bytes:
         """Send a question, in parts that become one, and wait for its answer.

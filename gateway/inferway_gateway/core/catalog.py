@@ -52,6 +52,10 @@ class Footprint:
     resident_bytes: int
     peak_bytes: int
 
+    def __add__(self, other: Footprint) -> Footprint:
+        """Of two that belong together, such as a model and its tokenizer: either may be at its most at any time."""
+        return Footprint(self.resident_bytes + other.resident_bytes, self.peak_bytes + other.peak_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class VersionSpec:

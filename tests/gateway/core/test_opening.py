@@ -11,6 +11,7 @@ import pytest
 from inferway_gateway.core.catalog import FileRef, Footprint, VersionRecord
 from inferway_gateway.core.opening import LOAD_RATIO, WORKER_BYTES, VersionOpener
 
+MIB = 1 << 20
 GIB = 1 << 30
 RECORD = VersionRecord(
     model="m",
@@ -39,6 +40,11 @@ RECORD = VersionRecord(
             {"footprint": Footprint(GIB, GIB)}, int((1000 + GIB) * LOAD_RATIO), id="measured-below-what-loading-takes"
         ),
         pytest.param({"kind": "remote"}, 0, id="elsewhere"),
+        pytest.param(
+            {"files": (FileRef("model.onnx", "1" * 64, 1000), FileRef("tokenizer.json", "3" * 64, MIB))},
+            int((1000 + MIB + GIB) * LOAD_RATIO) + WORKER_BYTES + 128 * MIB,
+            id="processes-of-its-tokenizer",
+        ),
     ],
 )
 async def test_a_version_needs_what_its_load_takes(tmp_path: Path, changes: dict[str, object], expected: int) -> None:

@@ -13,7 +13,7 @@ from typing import Final
 from ...core.backend import Artifact
 from ...core.catalog import Footprint
 from ...core.errors import GatewayError, ModelLoadError, ModelRejectedError, ShuttingDownError
-from ...core.model_config import ModelConfig
+from ...core.model_config import GenerationOptions, ModelConfig
 from ...core.stats import ModelStats
 from ..onnx import memory
 from ..onnx.admission import AdmissionReport, admit
@@ -130,11 +130,9 @@ class LanguageBackend:
     async def _open(self, artifact: Artifact, stats: ModelStats, approved: bool) -> LanguageExecutor:
         config, folder = artifact.config, artifact.path.parent
         package = await asyncio.to_thread(read_package, folder, config.generation)
-        token_bytes = 2 * package.layers * package.kv_heads * package.head_size * _WIDEST
+        token_bytes = _token_bytes(package)
         options = config.generation
-        kv_bytes = options.kv_cache_bytes
-        if kv_bytes is None:
-            kv_bytes = await asyncio.to_thread(usual_kv_bytes, token_bytes)
+        kv_bytes = await asyncio.to_thread(_kv_bytes, package, options)
         options = replace(options, kv_cache_bytes=kv_bytes)
         approved = approved or options.template is not None  # which is the gateway's own
         threads = config.session.intra_op_threads or max(self._cpus // 2, 1)
@@ -170,6 +168,9 @@ class LanguageBackend:
             raise
         generator.connect(link)
         link.attend(generator)
+        beside = tokenizer.footprint()
+        if footprint is not None and beside is not None:
+            footprint += beside
         return LanguageExecutor(generator, stats, footprint, workers=link)
 
     async def _open_here(
@@ -198,6 +199,26 @@ class LanguageBackend:
         opened.engine.start()
         generator.connect(LocalLink(opened.engine))
         return LanguageExecutor(generator, stats, Footprint(size, size + kv_bytes))
+
+
+def weigh_language(artifact: Artifact) -> int:
+    """Bytes of memory that a language model takes beyond what its files do: keys and values. Blocks.
+
+    Args:
+        artifact: its path is that of ``genai_config.json``.
+    Raises:
+        ModelLoadError: a file cannot be read.
+    """
+    return _kv_bytes(read_package(artifact.path.parent, artifact.config.generation), artifact.config.generation)
+
+
+def _token_bytes(package: Package) -> int:
+    return 2 * package.layers * package.kv_heads * package.head_size * _WIDEST
+
+
+def _kv_bytes(package: Package, options: GenerationOptions) -> int:
+    """What keys and values may take, said or usual."""
+    return usual_kv_bytes(_token_bytes(package)) if options.kv_cache_bytes is None else options.kv_cache_bytes
 
 
 def _size(folder: Path) -> int:

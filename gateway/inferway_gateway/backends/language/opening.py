@@ -89,7 +89,7 @@ def read_tokenizer(package: Package) -> Marking:
         raise ModelLoadError(str(error)) from None
 
 
-def isolate_tokenizer(package: Package) -> tuple[Marking, Vocabulary]:
+def isolate_tokenizer(package: Package) -> tuple[IsolatedTokenizer, Vocabulary]:
     """The same in processes of its own, where the vocabulary is read too. Blocks. Raises ``ModelLoadError``."""
     try:
         tokenizer = IsolatedTokenizer(package.tokenizer.encode(), "generator", package.vocabulary_size)

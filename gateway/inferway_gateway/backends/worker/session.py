@@ -134,6 +134,7 @@ class WorkerSession:
         self._capped_until = 0.0
         self._watcher: Callable[[], None] | None = None
         self._footprint: Footprint | None = None
+        self._own_bytes = 0
         self._usual_s = 0.0
         self._closed = False
         self._closing = threading.Event()
@@ -143,6 +144,7 @@ class WorkerSession:
     def adopt(self, first: WorkerProcess, footprint: Footprint | None) -> None:
         """Take over the process that was opened, and start the other instances."""
         self._footprint = footprint
+        self._own_bytes = first.warm_bytes
         self._install(self._places[0], first)
         for place in self._places[1:]:
             self._install(place, self._start(partial(self._ended, place)))
@@ -490,8 +492,15 @@ class WorkerSession:
 
     def footprint(self) -> Footprint | None:
         """Of all processes, as measured of one after it was warmed up; None where the system does not tell."""
-        one, instances = self._footprint, self._limits.instances
-        return one and Footprint(one.resident_bytes * instances, one.peak_bytes * instances)
+        one, others = self._footprint, self._limits.instances - 1
+        if one is None or not others:
+            return one
+        # Pages of files are in memory once: weights that are mapped do not count again with each instance.
+        each = min(one.resident_bytes, self._own_bytes or one.resident_bytes)
+        return Footprint(
+            one.resident_bytes + others * each,
+            one.peak_bytes + others * (each + one.peak_bytes - one.resident_bytes),
+        )
 
     @property
     def resident_bytes(self) -> int:

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from inferway_gateway.backends.footprint import MemoryWatch
+from inferway_gateway.backends.language.backend import weigh_language
 from inferway_gateway.backends.language.generator import Generator
 from inferway_gateway.backends.language.process import ProcessLink
+from inferway_gateway.backends.text.isolated import IsolatedTokenizer
 from inferway_gateway.backends.worker import breaker
+from inferway_gateway.core.backend import Artifact
 from inferway_gateway.core.errors import (
     ModelExecutionError,
     ModelFailingError,
@@ -22,9 +26,11 @@ from inferway_gateway.core.errors import (
     WorkerCrashedError,
 )
 from inferway_gateway.core.generation import Constraint, GenerationParameterError, Sampling
+from inferway_gateway.core.model_config import GenerationOptions, ModelConfig
 
 from .conftest import OpenModel, ask, folder_of, until
 
+MIB = 1 << 20
 PROMPT = (5, 17, 40)
 
 
@@ -195,3 +201,27 @@ async def test_a_tokenizer_without_end_keeps_nobody_waiting_but_its_own_callers(
     turning.cancel()
     assert turns > 100
     assert await generator.encode("x") != []
+
+
+async def test_the_footprint_is_of_all_its_processes_with_keys_and_values_at_their_most(
+    open_isolated: OpenModel,
+) -> None:
+    """What the budget counts: the engine, its tokenizer's processes, and the memory that answers fill later."""
+    small, large = await open_isolated(kv_cache_bytes=8 * MIB), await open_isolated(kv_cache_bytes=72 * MIB)
+    footprint, more = small.footprint(), large.footprint()
+    assert footprint is not None
+    assert more is not None
+    beside = IsolatedTokenizer((folder_of("tiny-llm") / "tokenizer.json").read_bytes(), "generator").footprint()
+    assert beside is not None
+    pid = link_of(small.generator).pid
+    with MemoryWatch(pid) as watch:
+        assert footprint.resident_bytes > watch.read().proportional + beside.resident_bytes / 2
+    assert footprint.peak_bytes > footprint.resident_bytes + 8 * MIB
+    assert 40 * MIB < more.peak_bytes - footprint.peak_bytes < 90 * MIB
+
+
+def test_keys_and_values_are_counted_before_the_first_load() -> None:
+    folder = folder_of("tiny-llm")
+    said = ModelConfig(generation=GenerationOptions(kv_cache_bytes=123 * MIB))
+    assert weigh_language(Artifact("m", 1, folder / "genai_config.json", said)) == 123 * MIB
+    assert weigh_language(Artifact("m", 1, folder / "genai_config.json", ModelConfig())) > MIB

@@ -19,6 +19,7 @@ from text_models import as_bytes
 
 ENDLESS = {"type": "Split", "pattern": {"Regex": "w+w+w+b"}, "behavior": "Isolated", "invert": False}
 """Allowed by every look at it, and takes minutes for two thousand letters."""
+MIB = 1 << 20
 GROWING = {"type": "Replace", "pattern": {"String": "w"}, "content": "w" * 16}
 
 
@@ -46,6 +47,14 @@ def test_for_a_generator_names_become_tokens_only_where_they_may() -> None:
         assert process.encode(["w1[SEP]w2"], special) == own.encode(["w1[SEP]w2"], special)
     assert own.encode(["w1[SEP]w2"], True) != own.encode(["w1[SEP]w2"], False)
     assert process.begin == own.begin
+
+
+def test_its_processes_have_a_footprint(tokenizer: IsolatedTokenizer) -> None:
+    """Of one at work, and at the most of both."""
+    footprint = tokenizer.footprint()
+    assert footprint is not None
+    assert 10 * MIB < footprint.resident_bytes < 200 * MIB
+    assert footprint.peak_bytes >= 2 * footprint.resident_bytes
 
 
 def test_calls_one_after_the_other_share_one_process() -> None:

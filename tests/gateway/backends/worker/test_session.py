@@ -192,6 +192,31 @@ def test_the_footprint_is_measured_and_the_memory_bounded(workers: Workers) -> N
     assert footprint.peak_bytes * 2 + 512 * MIB <= bound < footprint.peak_bytes * 4 + 4096 * MIB
 
 
+def test_the_footprint_holds_the_largest_declared_batch(workers: Workers) -> None:
+    """A hidden layer of 64 KiB a row: 1,024 rows take 64 MiB, which one row does not."""
+    graph = models.model(
+        [models.node("MatMul", ["x", "wide"], ["h"]), models.node("MatMul", ["h", "narrow"], ["y"])],
+        [models.value("x", models.F32, ["batch", 1])],
+        [models.value("y", models.F32, ["batch", 1])],
+        {"wide": np.ones((1, 16384), np.float32), "narrow": np.ones((16384, 1), np.float32)},
+    )
+    small = workers.open(graph, config=plain_config(max_batch_size=1)).footprint()
+    large = workers.open(graph, config=plain_config(max_batch_size=1024)).footprint()
+    assert small is not None
+    assert large is not None
+    assert large.peak_bytes - small.peak_bytes > 50 * MIB
+
+
+def test_the_footprint_is_of_all_instances(workers: Workers) -> None:
+    graph = models.matmul(1024, 1024)
+    one = workers.open(graph).footprint()
+    both = workers.open(graph, config=plain_config(instances=2)).footprint()
+    assert one is not None
+    assert both is not None
+    assert both.peak_bytes > one.peak_bytes + 4 * MIB  # the weights once more
+    assert both.resident_bytes < 2.5 * one.resident_bytes
+
+
 def test_every_layer_of_the_sandbox_holds_in_the_worker(workers: Workers) -> None:
     session = workers.open(models.add_one())
     from inferway_gateway.backends.worker.sandbox import capabilities
