@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol
 
@@ -52,12 +53,16 @@ Find = Callable[[str, int, float], Awaitable[Shown]]
 """Model, version and a deadline on the loop's clock to the version, loaded if need be; raises ``GatewayError``."""
 
 
+Ask = Callable[[Any, float], Awaitable[tuple[Sequence[str], Sequence[NDArray[Any]]]]]
+"""The shadow's version, as ``Find`` gave it, and the deadline to datatypes and outputs; raises ``GatewayError``."""
+
+
 @dataclass(slots=True)
 class _Copy:
     model: str
     shadow: Shadow
     stats: ShadowStats
-    request: InferenceRequest
+    ask: Ask
     given: Sequence[NDArray[Any]]
     nbytes: int
 
@@ -97,16 +102,24 @@ class Shadows:
             request: what was asked; its arrays are read later and must not change.
             given: the outputs that were answered with; the same holds for them.
         """
+        self.offer_asked(plan, answered, partial(_put, request), given, request.nbytes)
+
+    def offer_asked(self, plan: Plan, answered: int, ask: Ask, given: Sequence[NDArray[Any]], nbytes: int) -> None:
+        """``offer`` for a request that is put to a version in another way than as tensors.
+
+        Args:
+            nbytes: of the request, which ``ask`` holds.
+        """
         shadow = plan.shadow
         if shadow is None or shadow.version == answered or not plan.samples_shadow():
             return
         stats = plan.shadow_stats
-        nbytes = request.nbytes + sum(array.nbytes for array in given)
+        nbytes += sum(array.nbytes for array in given)
         if self._queue.full() or self._held_bytes + nbytes > self._limit_bytes:
             stats.dropped += 1
             return
         self._held_bytes += nbytes
-        self._queue.put_nowait(_Copy(plan.model, shadow, stats, request, given, nbytes))
+        self._queue.put_nowait(_Copy(plan.model, shadow, stats, ask, given, nbytes))
 
     async def idle(self) -> None:
         """Wait until every copy that was taken is done with."""
@@ -131,21 +144,9 @@ class Shadows:
     async def _run(self, copy: _Copy) -> None:
         deadline = asyncio.get_running_loop().time() + TIMEOUT_S
         served = await self._find(copy.model, copy.shadow.version, deadline)
-        executor = served.batcher
-        signature = executor.signature
-        asked = copy.request
-        datatypes = [signature.output(name).datatype for name in asked.outputs]
-        request = InferenceRequest(
-            asked.inputs,
-            asked.outputs,
-            signature.check(asked.inputs),
-            asked.nbytes,
-            priority=served.config.batching.priority_levels,
-            deadline=deadline,
-        )
-        answer = await executor.infer(request)
+        datatypes, got = await copy.ask(served, deadline)
         shadow = copy.shadow
-        arguments = (datatypes, answer.outputs, copy.given, shadow.rtol, shadow.atol)
+        arguments = (datatypes, got, copy.given, shadow.rtol, shadow.atol)
         if sum(array.size for array in copy.given) > _OFF_LOOP_ELEMENTS:
             alike, difference = await asyncio.to_thread(compare, *arguments)
         else:
@@ -154,6 +155,22 @@ class Shadows:
         stats.compared += 1
         stats.differing += not alike
         stats.largest_difference = max(stats.largest_difference, difference)
+
+
+async def _put(asked: InferenceRequest, served: Shown, deadline: float) -> tuple[Sequence[str], Sequence[NDArray[Any]]]:
+    executor = served.batcher
+    signature = executor.signature
+    datatypes = [signature.output(name).datatype for name in asked.outputs]
+    request = InferenceRequest(
+        asked.inputs,
+        asked.outputs,
+        signature.check(asked.inputs),
+        asked.nbytes,
+        priority=served.config.batching.priority_levels,
+        deadline=deadline,
+    )
+    answer = await executor.infer(request)
+    return datatypes, answer.outputs
 
 
 def compare(

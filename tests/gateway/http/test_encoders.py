@@ -220,6 +220,62 @@ def test_a_deployed_encoder_runs_in_a_worker_and_is_called_by_its_alias(texts: L
     assert (answer["isolation"], answer["state"]) == ("worker", "READY")
 
 
+def test_aliases_share_out_and_keep_users_and_copies_are_compared(texts: LiveGateway) -> None:
+    deploy(texts, "aliased", text_models.embedder(), alias="stable")
+    deploy(texts, "aliased", {**text_models.embedder(), "notes.txt": b"another version"}, alias=None)
+    path = "/api/v1/models/aliased/aliases/stable"
+    status, answer, _ = texts.call("PUT", path, {"weights": {"1": 50, "2": 50}, "sticky": "header:X-User"})
+    assert status == 200, answer
+
+    def version(user: int) -> str:
+        status, answer, headers = texts.call(
+            "POST", "/v1/embeddings", {"model": "aliased", "input": "w1"}, headers={"X-User": f"user-{user}"}
+        )
+        assert status == 200, answer
+        return str(headers["Inferway-Model-Version"])
+
+    seen = [version(user) for user in range(30)]
+    assert set(seen) == {"1", "2"}
+    assert [version(user) for user in range(30)] == seen
+    status, answer, _ = texts.call("PUT", path, {"version": 1, "shadow": {"version": 2}})
+    assert status == 200, answer
+    for _ in range(5):
+        assert post(texts, "embeddings", model="aliased", input=["w1 w2", "w3"])[0] == 200
+    end = time.monotonic() + 30
+    while (copies := texts.call("GET", path)[1]["traffic"]["2"])["compared"] + copies["failed"] < 5:
+        assert time.monotonic() < end, copies
+        time.sleep(0.02)
+    assert (copies["compared"], copies["differed"], copies["largest_difference"]) == (5, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "body"),
+    [
+        ("rerank", {"task": "rerank", "activation": "none"}, {"query": "w1", "documents": ["w2", "w3 w4"]}),
+        ("classify", {"task": "classify", "labels": ["a", "b", "c"]}, {"input": "w1"}),
+    ],
+    ids=["rerank", "classify"],
+)
+def test_a_shadow_that_answers_otherwise_is_found_and_one_of_another_kind_fails(
+    texts: LiveGateway, task: str, model: dict[str, Any], body: dict[str, Any]
+) -> None:
+    classes = 1 if task == "rerank" else 3
+    deploy(texts, f"{task}-two", text_models.scorer(classes, **model), alias="stable")
+    other = {**model, "activation": "sigmoid"}
+    deploy(texts, f"{task}-two", text_models.scorer(classes, **other), alias=None)
+    deploy(texts, f"{task}-two", models.add_one(4), alias=None)
+    path = f"/api/v1/models/{task}-two/aliases/stable"
+    for shadow, counted in ((2, "differed"), (3, "failed")):
+        status, answer, _ = texts.call("PUT", path, {"version": 1, "shadow": {"version": shadow}})
+        assert status == 200, answer
+        before = answer["traffic"][str(shadow)][counted]
+        assert post(texts, task, model=f"{task}-two", **body)[0] == 200
+        end = time.monotonic() + 30
+        while (copies := texts.call("GET", path)[1]["traffic"][str(shadow)])[counted] == before:
+            assert time.monotonic() < end, copies
+            time.sleep(0.02)
+
+
 def test_a_folder_as_sentence_transformers_saves_it_is_deployed_as_it_is(texts: LiveGateway) -> None:
     modules = [{"type": "sentence_transformers.models.Transformer", "path": ""},
                {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},

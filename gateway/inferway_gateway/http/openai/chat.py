@@ -46,7 +46,7 @@ from .asking import (
 )
 from .frames import KEEP_ALIVE, ChatWriter, CompletionWriter, Writer, error_event, usage_body
 from .reading import read
-from .targets import Reference, answered, check_adapter, granted_s, parse_reference
+from .targets import Reference, answered, check_adapter, failed_late, granted_s, parse_reference
 from .tools import read_tools
 from .tracing import Span, code_of
 
@@ -408,6 +408,8 @@ class EventStream(Response):
         finally:
             await answering.close()
             answering.served.stats.finished(perf_counter() - self._started, code)
+            if code is not None:
+                failed_late(scope, answering.served, code)
             answering.tell(self._span, self._n, code)
 
     async def _send(self, scope: Scope, send: Send) -> str | None:

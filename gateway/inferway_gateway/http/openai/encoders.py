@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,10 +24,12 @@ from ...core.served import ServedVersion
 from ..callers import while_there
 from ..routing import header_fields
 from .reading import read
-from .targets import answered, check_adapter, granted_s, parse_reference
+from .targets import answered, check_adapter, copied, granted_s, parse_reference
 from .tracing import Span, code_of
 
-_Result = TypeVar("_Result")
+_TEXT_BYTES: Final = 8
+"""What a character or a token of a text is taken to keep in memory."""
+_Result = TypeVar("_Result", Encoded, Ranking)
 _OFF_LOOP_NUMBERS: Final = 16_384
 """Answers of more numbers are written on a thread; so many take about a millisecond as JSON."""
 
@@ -43,7 +46,7 @@ async def embeddings(request: Request) -> Response:
 
     span = Span("embeddings", body, header_fields(request.scope))
     try:
-        served, encoded = await _by_encoder(request, body.model, "embeddings", work, started)
+        served, encoded = await _by_encoder(request, body.model, "embeddings", work, inputs, started)
     except BaseException as error:
         span.end(code_of(error))
         raise
@@ -67,7 +70,7 @@ async def rerank(request: Request) -> Response:
     def work(encoder: TextEncoder, deadline: float | None) -> Coroutine[Any, Any, Ranking]:
         return encoder.rerank(body.query, documents, deadline=deadline)
 
-    _, ranking = await _by_encoder(request, body.model, "a ranking", work, started)
+    _, ranking = await _by_encoder(request, body.model, "a ranking", work, (body.query, *documents), started)
     # By falling score, and where two are equal as they came.
     order = sorted(range(len(documents)), key=lambda index: -ranking.scores[index])[: body.top_n]
     results: list[dict[str, Any]] = [{"index": i, "relevance_score": ranking.scores[i]} for i in order]
@@ -100,7 +103,7 @@ async def classify(request: Request) -> Response:
         labels = encoder.spec.labels
         return encoder.classify(inputs, activation=body.activation, deadline=deadline, param=_name(body.input))
 
-    _, encoded = await _by_encoder(request, body.model, "classes", work, started)
+    _, encoded = await _by_encoder(request, body.model, "classes", work, inputs, started)
 
     def write() -> bytes:
         order = np.argsort(-encoded.values, axis=1, kind="stable")[:, : body.top_k]
@@ -118,16 +121,28 @@ async def _by_encoder(
     model: str,
     what: str,
     work: Callable[[TextEncoder, float | None], Coroutine[Any, Any, _Result]],
+    texts: Sequence[Text],
     started: float,
 ) -> tuple[ServedVersion, _Result]:
-    """What an encoder says, and which one it was."""
+    """What an encoder says, and which one it was.
+
+    Args:
+        texts: all that the request is about.
+    """
     scope = request.scope
     reference = parse_reference(model)
 
-    async def attempt(served: ServedVersion) -> tuple[ServedVersion, _Result]:
+    def able(served: ServedVersion) -> TextEncoder:
         encoder = encoder_of(served)
         if encoder is None:
             raise InvalidParameterError(f"expected a model that gives {what}, '{served.name}' does not", "model")
+        return encoder
+
+    async def again(served: ServedVersion, deadline: float) -> tuple[Sequence[str], Sequence[NDArray[Any]]]:
+        return ("FP32",), (_numbers(await work(able(served), deadline)),)
+
+    async def attempt(served: ServedVersion) -> tuple[ServedVersion, _Result]:
+        encoder = able(served)
         check_adapter(reference, ())
         left = granted_s(scope, started)
         deadline = None if left == math.inf else asyncio.get_running_loop().time() + left
@@ -135,7 +150,14 @@ async def _by_encoder(
         served.stats.finished(perf_counter() - started, None)
         return served, result
 
-    return await answered(scope, reference, attempt, started=started)
+    served, result = await answered(scope, reference, attempt, started=started)
+    copied(scope, served, again, _numbers(result), _TEXT_BYTES * sum(map(len, texts)))
+    return served, result
+
+
+def _numbers(result: Encoded | Ranking) -> NDArray[np.float32]:
+    """What an encoder's answer is made of, for comparison."""
+    return np.asarray(result.values if isinstance(result, Encoded) else result.scores, np.float32)
 
 
 def encoder_of(served: ServedVersion) -> TextEncoder | None:

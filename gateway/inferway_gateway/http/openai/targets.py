@@ -11,8 +11,9 @@ import math
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
+from numpy.typing import NDArray
 from starlette.types import Scope
 
 from ...core.errors import (
@@ -29,12 +30,15 @@ from ...core.keys import Principal
 from ...core.registry import Registry
 from ...core.routing import FALLBACK_CODES, Route, Router, bare_name
 from ...core.served import ServedVersion
+from ...core.shadow import Ask, Shadows
 from ..routing import header_fields
 
 _Answer = TypeVar("_Answer")
 _VERSIONS: Final = "/versions/"
 _HURRIED_LOAD_S: Final = 2.0
 """How long a request waits for a version to be loaded, where its alias has fallbacks."""
+_ROUTE: Final = "inferway.route"
+"""Where the scope keeps which of an alias' targets a request got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,7 @@ async def _by_alias(
     attempt: Callable[[ServedVersion], Awaitable[_Answer]],
     started: float,
 ) -> _Answer:
+    scope[_ROUTE] = route
     stats = route.stats
     stats.requests += 1
     failure: GatewayError | None = None
@@ -187,6 +192,28 @@ async def _by_alias(
     if chosen is not None:
         name_version(scope, chosen)
     raise failure
+
+
+def failed_late(scope: Scope, served: ServedVersion, code: str) -> None:
+    """Count a failure after an answer began, which no fallback can take over any more, against the alias' target."""
+    route: Route | None = scope.get(_ROUTE)
+    if route is not None and route.version == served.version:
+        route.stats.failed(code)
+
+
+def copied(scope: Scope, served: ServedVersion, ask: Ask, given: NDArray[Any], nbytes: int) -> None:
+    """Have the alias' shadow asked the same, where it has one and it is the sample's turn.
+
+    Args:
+        served: the version that answered.
+        ask: puts the request to the shadow's version.
+        given: FP32, what was answered.
+        nbytes: of the request.
+    """
+    route: Route | None = scope.get(_ROUTE)
+    if route is not None and route.plan.shadow is not None:
+        shadows: Shadows = scope["state"]["shadows"]
+        shadows.offer_asked(route.plan, served.version, ask, [given], nbytes)
 
 
 def name_version(scope: Scope, served: ServedVersion) -> None:

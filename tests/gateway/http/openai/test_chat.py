@@ -463,6 +463,43 @@ async def test_an_alias_shares_and_falls_back_before_the_first_byte() -> None:
     assert [m["id"] for m in listed["data"]] == ["m"]  # which is as good as m@stable
 
 
+async def test_a_user_keeps_its_version_and_each_version_has_its_share() -> None:
+    generators = {1: FakeGenerator(("one",)), 2: FakeGenerator(("two",))}
+    router = Router(lambda: 1)
+    spec = AliasSpec({1: 75.0, 2: 25.0}, sticky="header:X-User")
+    router.put(AliasRecord("m", "stable", spec, None, 1, datetime.now(UTC), "k"))
+
+    async def ask(client: httpx.AsyncClient, user: str | None) -> str:
+        response = await client.post(CHAT, json=HELLO, headers={} if user is None else {"X-User": user})
+        said = {"1": "one", "2": "two"}[response.headers["inferway-model-version"]]
+        assert response.json()["choices"][0]["message"]["content"] == said
+        return said
+
+    async with serving({"m": generators}, router=router) as client:
+        first = [await ask(client, f"user-{i}") for i in range(60)]
+        again = [await ask(client, f"user-{i}") for i in range(60)]
+        nobody = [await ask(client, None) for _ in range(40)]
+    assert first == again
+    assert 5 <= first.count("two") <= 28
+    assert nobody.count("two") in (9, 10, 11)  # each request for itself
+
+
+@pytest.mark.parametrize("share", [100.0, 0.0], ids=["its own", "a fallback's"])
+async def test_a_failure_in_a_stream_counts_against_the_version_that_was_chosen(share: float) -> None:
+    late = FakeGenerator(("a", WorkerCrashedError("the process died")))
+    early = FakeGenerator((WorkerCrashedError("died at once"),))
+    router = Router(lambda: 1)
+    spec = AliasSpec({1: share, 2: 100 - share}, fallback=(1,) if not share else ())
+    router.put(AliasRecord("m", "stable", spec, None, 1, datetime.now(UTC), "k"))
+    async with serving({"m": {1: late, 2: early}}, router=router) as client:
+        got = await events(client, CHAT, HELLO)
+    assert got[-1]["error"]["code"] == "worker_crashed"
+    counted = {version: route.stats for version, route in router.plans["m"].routes.items()}
+    chosen, other = (1, 2) if share else (2, 1)
+    assert (counted[chosen].requests, counted[chosen].errors) == (1, 1)
+    assert (counted[other].requests, counted[other].errors) == (0, 0)
+
+
 async def test_models_are_listed_with_aliases_and_adapters() -> None:
     router = Router(lambda: 1)
     for alias in ("canary", "stable"):
