@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from .batcher import Answer
 from .errors import ShuttingDownError
 
 CLOSE_LIMIT_S: Final = 5.0
+_Result = TypeVar("_Result")
 
 
 class InFlight:
@@ -19,10 +19,10 @@ class InFlight:
     __slots__ = ("_tasks", "draining")
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Answer]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.draining = False
 
-    async def run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+    async def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """Await ``work``. Being cancelled cancels it, and waits for its end.
 
         Raises:

@@ -290,7 +290,7 @@ async def _infer(
     try:
         answer = batcher.run_inline(request)
         if answer is None:
-            request.origin = _origin(scope, headers)
+            request.origin = origin_of(scope, headers)
             answer = await _queued(scope, receive, batcher, request)
     except ShuttingDownError:
         # A reload retired this version while the body arrived or was read, and its successor is in place already. A
@@ -339,7 +339,7 @@ async def _infer(
     return size
 
 
-def _origin(scope: Scope, headers: Fields) -> tuple[tuple[str, str], ...]:
+def origin_of(scope: Scope, headers: Fields) -> tuple[tuple[str, str], ...]:
     """What a server elsewhere may know of the request: which it is, and how often it came; nothing of who sends it."""
     attempt = headers.get(b"inferway-attempt", b"")
     known = (("X-Request-Id", scope["request_id"].decode()),)

@@ -1,9 +1,9 @@
 """Chats and completions of OpenAI-compatible servers, as they are: nothing of them is made tensors of.
 
-**What goes there.** The members of a request that this gateway's contract has, and a few more of OpenAI's that are about
-the text alone. The rest stays here, unknown members first of all: a server that is a gateway itself may take one for
-another model, another address or another account than the operator allowed. ``parameters`` of the version stand where
-the caller says nothing.
+**What goes there.** The members of a request that this gateway's contract has, and a few more of OpenAI's that are
+about the text alone. The rest stays here, unknown members first of all: a server that is a gateway itself may take one
+for another model, another address or another account than the operator allowed. ``parameters`` of the version stand
+where the caller says nothing.
 
 **What comes back.** Choices and usage, looked at before they are sent on; the server's name of the model, its ids and
 whatever else it tells of itself stay here. An answer that comes in pieces is tried again at another endpoint until its
@@ -24,7 +24,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import httpx
 import orjson
@@ -33,7 +33,9 @@ from ...core.errors import (
     ContextLengthError,
     DeadlineExceededError,
     GatewayError,
+    InternalError,
     InvalidParameterError,
+    MalformedRequestError,
     UpstreamError,
 )
 from ...core.generation import GenerationStats, Usage
@@ -113,10 +115,9 @@ class ChatRelay:
                 await self._in_flight.run(self._relay(request, pieces.put))
             except GatewayError as error:
                 await pieces.put(error)
-            except Exception as error:
+            except Exception:
                 logger.exception("asking upstream '%s' failed unexpectedly", self._remote.upstream)
-                await pieces.put(UpstreamError(f"upstream '{self._remote.upstream}' could not be asked"))
-                del error
+                await pieces.put(InternalError("internal error; the gateway's log has the details"))
 
         task = asyncio.create_task(work(), name="inferway-relay")
         over = False
@@ -186,7 +187,10 @@ class ChatRelay:
         body: dict[str, Any] = {**ours, **said, "model": self._remote.model, "stream": request.stream}
         if request.stream:
             body["stream_options"] = {"include_usage": True}
-        return orjson.dumps(body)
+        try:
+            return orjson.dumps(body)
+        except TypeError:  # what JSON of others may be read with, half a surrogate pair for one, is not written again
+            raise MalformedRequestError("expected JSON of well-formed texts that is not nested as deeply") from None
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +233,9 @@ class ChatRelay:
                     outcome = "timeout"
                     now = loop.time()
                     if request.deadline is not None and now >= request.deadline:
-                        raise DeadlineExceededError("the request's time was over before its answer was complete") from None
+                        raise DeadlineExceededError(
+                            "the request's time was over before its answer was complete"
+                        ) from None
                     failed = True
                     raise self._broke(f"sent nothing of its answer for {now - asked:.3g} s") from None
                 except NETWORK_ERRORS as error:
@@ -345,6 +351,7 @@ class _ChunkReader:
         self._left = relay._pool.spec.max_response_bytes
         self._open: set[int] = set()
         self._finished: set[int] = set()
+        self._counted: tuple[Usage, dict[str, Any]] | None = None
         self.pieces: list[RelayPiece] = []
         self.over = False
         self.error: GatewayError | None = None
@@ -363,7 +370,7 @@ class _ChunkReader:
             if part is None:
                 if self._open or not self._finished:
                     raise CallError("broken", "broke off before its answer was complete", retryable=True, broken=True)
-                self.over = True
+                self._end()
                 return
             self._left -= len(part)
             if self._left < 0:
@@ -391,22 +398,28 @@ class _ChunkReader:
         if event.strip() == b"[DONE]":
             if self._open or not self._finished:
                 raise CallError("broken", "ended before its answer was complete", retryable=True)
-            self.over = True
+            self._end()
             return
         try:
             chunk = parse_json(event)
             if chunk.get("error") is not None:
                 self.error = self._relay.failure(chunk["error"])
                 return
-            counted = _read_usage(chunk.get("usage"))
+            self._counted = _read_usage(chunk.get("usage")) or self._counted  # some tell it with every chunk
             choices = [
                 choice for item in _choices(chunk, self._request.answers) if (choice := self._read(item)) is not None
             ]
         except UpstreamError as error:
-            raise CallError("failed", f"answered what the protocol does not have: {error.message}", retryable=False) from error
-        if choices or (counted is not None and not chunk.get("choices")):
-            usage, counts = counted or (None, None)
-            self.pieces.append(RelayPiece(choices, usage, counts))
+            raise CallError(
+                "failed", f"answered what the protocol does not have: {error.message}", retryable=False
+            ) from error
+        if choices:
+            self.pieces.append(RelayPiece(choices))
+
+    def _end(self) -> None:
+        self.over = True
+        if self._counted is not None:
+            self.pieces.append(RelayPiece((), *self._counted))
 
     def _read(self, item: dict[str, Any]) -> dict[str, Any] | None:
         """One choice of a chunk; None where it has nothing to tell."""
@@ -418,9 +431,11 @@ class _ChunkReader:
         choice: dict[str, Any] = {"index": index}
         if self._request.operation == "chat":
             delta = item.get("delta")
-            choice["delta"] = told = _message({} if delta is None else delta, whole=False)
+            choice["delta"] = _message({} if delta is None else delta, whole=False)
+            told = bool(choice["delta"])
         else:
-            choice["text"] = told = _text(item, "text") or ""
+            choice["text"] = _text(item, "text") or ""
+            told = bool(choice["text"])
         choice["logprobs"] = _plain(item.get("logprobs"))
         choice["finish_reason"] = reason
         if reason is not None:
@@ -538,10 +553,9 @@ def _read_usage(value: Any) -> tuple[Usage, dict[str, Any]] | None:
     """Tokens as an upstream counts them; None where it does not tell, or nothing that can be."""
     if not isinstance(value, dict):
         return None
-    counts = [value.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    if not all(_is_count(count) for count in counts):
+    prompt, completion = value.get("prompt_tokens"), value.get("completion_tokens")
+    if not (_is_count(prompt) and _is_count(completion)):
         return None
-    prompt, completion = counts
     details = {
         name: {key: count for key, count in found.items() if _is_count(count)}
         for name in ("prompt_tokens_details", "completion_tokens_details")
@@ -554,5 +568,5 @@ def _read_usage(value: Any) -> tuple[Usage, dict[str, Any]] | None:
     return Usage(prompt, completion, cached), told
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < _MOST_TOKENS

@@ -24,6 +24,7 @@ from ...core.stats import ModelStats
 from ...core.tensors import DTYPES, Signature
 from ...core.upstream import RemoteSpec
 from . import oip, openai
+from .chat import ChatRelay
 from .gate import Gate
 from .pool import Call, Reply, UpstreamPool
 
@@ -56,6 +57,9 @@ class RemoteExecutor:
         self._priorities = False
         self._path = ""
         self._in_flight = InFlight()
+        self._relay: ChatRelay | None = None
+        if pool.spec.protocol == "openai" and remote.operation in ("chat", "completions"):
+            self._relay = ChatRelay(remote, pool, self._lanes, self._gate, self._in_flight)
         self._refreshing: asyncio.Task[None] | None = None
         self._refreshed_at = -math.inf
 
@@ -63,6 +67,11 @@ class RemoteExecutor:
     def signature(self) -> Signature:
         """The upstream's; another object after its model has become another one."""
         return self._signature
+
+    @property
+    def relay(self) -> ChatRelay | None:
+        """What answers for the version under ``/v1``; None where its model writes no texts."""
+        return self._relay
 
     def problem(self) -> str | None:
         """Why requests cannot be answered now, in words; None where they can."""

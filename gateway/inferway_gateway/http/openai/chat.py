@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from time import perf_counter
 from typing import Any, Final, cast
@@ -30,9 +30,11 @@ from ...core.errors import (
     ShuttingDownError,
 )
 from ...core.generation import Delta, GenerationRequest, TextGenerator, Usage
+from ...core.relay import RelayPiece, RelayRequest, TextRelay
 from ...core.served import ServedVersion
 from ...core.tensors import Signature
 from ..callers import while_there
+from ..infer import origin_of
 from ..routing import header_fields
 from .asking import (
     chat_prompt,
@@ -45,7 +47,8 @@ from .asking import (
     told,
 )
 from .frames import KEEP_ALIVE, ChatWriter, CompletionWriter, Writer, error_event, usage_body
-from .reading import read
+from .reading import read_members
+from .relay import RelayWriter, relay_request
 from .targets import Reference, answered, check_adapter, failed_late, granted_s, parse_reference
 from .tools import read_tools
 from .tracing import Span, code_of
@@ -59,24 +62,24 @@ KEEP_ALIVE_S: Final = 10.0
 _WAITING: Final = 256
 """Pieces of several answers to one request that may wait to be sent."""
 
-Prepare = Callable[[ServedVersion, TextGenerator], Awaitable[tuple[list[GenerationRequest], Writer]]]
+Prepare = Callable[[ServedVersion, TextGenerator], Awaitable[tuple[list[GenerationRequest], Writer[Delta]]]]
 
 
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     started = perf_counter()
-    body = await read(request.scope, request.receive, contract.ChatCompletionRequest)
+    body, members = await read_members(request.scope, request.receive, contract.ChatCompletionRequest)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidParameterError("top_logprobs: needs 'logprobs' to be true", "top_logprobs")
     tools = read_tools(body)
-    messages = read_messages(body.messages)
     forced = tools.constraint()
     constraint, source = (forced, "tools") if forced is not None else read_constraint(body)
     reference = parse_reference(body.model)
     n = body.n or 1
     most = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
 
-    async def prepare(served: ServedVersion, generator: TextGenerator) -> tuple[list[GenerationRequest], Writer]:
+    async def prepare(served: ServedVersion, generator: TextGenerator) -> tuple[list[GenerationRequest], Writer[Delta]]:
+        messages = read_messages(body.messages)  # not before: other servers' models may take more than texts
         renderer = request.scope["state"]["templates"]
         prompt = await chat_prompt(generator, renderer, served.name, body, messages, tools)
         asked = GenerationRequest(
@@ -96,22 +99,22 @@ async def chat_completions(request: Request) -> Response:
         return each_choice(asked, [prompt], n), writer
 
     told_as = _Words(source, most, "messages")
-    return await _answer(request, body, reference, prepare, told_as, started)
+    return await _answer(request, body, members, reference, prepare, told_as, started)
 
 
 async def completions(request: Request) -> Response:
     """Go on with a text."""
     started = perf_counter()
-    body = await read(request.scope, request.receive, contract.CompletionRequest)
-    if body.suffix:
-        raise InvalidParameterError("suffix: expected none, this gateway's models go on at the end alone", "suffix")
+    body, members = await read_members(request.scope, request.receive, contract.CompletionRequest)
     n = body.n or 1
-    if body.best_of is not None and body.best_of != n:
-        raise InvalidParameterError("best_of: expected as many as 'n', which is all that are made", "best_of")
     constraint, source = read_constraint(body)
     reference = parse_reference(body.model)
 
-    async def prepare(_: ServedVersion, generator: TextGenerator) -> tuple[list[GenerationRequest], Writer]:
+    async def prepare(_: ServedVersion, generator: TextGenerator) -> tuple[list[GenerationRequest], Writer[Delta]]:
+        if body.suffix:
+            raise InvalidParameterError("suffix: expected none, this gateway's models go on at the end alone", "suffix")
+        if body.best_of is not None and body.best_of != n:
+            raise InvalidParameterError("best_of: expected as many as 'n', which is all that are made", "best_of")
         prompts, texts = await plain_prompts(generator, body)
         asked = GenerationRequest(
             prompt=prompts[0],
@@ -130,7 +133,8 @@ async def completions(request: Request) -> Response:
         writer = CompletionWriter(body.model, echoed, logprobs=body.logprobs, usage=_wants_usage(body))
         return each_choice(asked, prompts, n), writer
 
-    return await _answer(request, body, reference, prepare, _Words(source, "max_tokens", "prompt"), started)
+    told_as = _Words(source, "max_tokens", "prompt")
+    return await _answer(request, body, members, reference, prepare, told_as, started)
 
 
 def _wants_usage(body: contract.GenerationOptions) -> bool:
@@ -159,6 +163,7 @@ class _Words:
 async def _answer(
     request: Request,
     body: contract.GenerationOptions,
+    members: Mapping[str, Any],
     reference: Reference,
     prepare: Prepare,
     words: _Words,
@@ -169,18 +174,26 @@ async def _answer(
     span = Span(operation, body, header_fields(scope))
 
     async def attempt(served: ServedVersion) -> _Answering:
-        generator = _generator(served, reference)
+        relay = _relay(served, reference)
+        generator = _generator(served, reference) if relay is None else None
         served.stats.running += 1
         answering: _Answering | None = None
         try:
-            requests, writer = await prepare(served, generator)
-            answering = _Answering(served, generator, requests, writer, started)
+            if generator is not None:
+                requests, writer = await prepare(served, generator)
+                pieces = _pieces(generator, requests)
+                answering = _Answering(served, pieces, len(requests), writer, started, words)
+            elif relay is not None:
+                asked = _relayed(scope, body, members, started)
+                told_by = RelayWriter(asked.operation, body.model, asked.answers, usage=_wants_usage(body))
+                answering = _Answering(served, _relay_pieces(relay, asked), 1, told_by, started, None)
+            assert answering is not None  # it is one or the other
             if body.stream:
                 await answering.begin()
             else:
                 await answering.gather()
         except InvalidParameterError as error:
-            raise words.of(error) from None
+            raise (words.of(error) if relay is None else error) from None
         finally:
             if answering is None or not answering.open:
                 served.stats.running -= 1
@@ -197,7 +210,7 @@ async def _answer(
         answering.served.stats.finished(perf_counter() - started, None)
         answering.tell(span, n, None)
         timing = (b"server-timing", _timing(answering.first_s, perf_counter() - started))
-        scope["response_headers"] = (*scope["response_headers"], timing)
+        scope["response_headers"] = (*scope["response_headers"], timing, *answering.attempts_headers())
         return Response(answering.writer.body(answering.usage(n)), media_type="application/json")
     begun: list[_Answering] = []
 
@@ -211,13 +224,34 @@ async def _answer(
         for answering in begun:  # it was left between its first piece and here
             await answering.close()
         raise
-    return EventStream(begun[0], n, usage=_wants_usage(body), words=words, started=started, span=span)
+    return EventStream(begun[0], n, usage=_wants_usage(body), started=started, span=span)
 
 
 def _timing(first_s: float | None, total_s: float | None = None) -> bytes:
     """Where the time of an answer went, as ``Server-Timing`` says it: to the first piece, and to the last."""
     times = ((b"first", first_s), (b"total", total_s))
     return b", ".join(b"%b;dur=%.1f" % (name, seconds * 1e3) for name, seconds in times if seconds is not None)
+
+
+def _relay(served: ServedVersion, reference: Reference) -> TextRelay | None:
+    if not hasattr(served.text, "ask"):
+        return None
+    check_adapter(reference, ())
+    return cast(TextRelay, served.text)  # nothing else that a version may be has such a method
+
+
+def _relayed(
+    scope: Scope, body: contract.GenerationOptions, members: Mapping[str, Any], started: float
+) -> RelayRequest:
+    left = granted_s(scope, started)
+    deadline = None if left == math.inf else asyncio.get_running_loop().time() + left
+    return relay_request(body, members, deadline=deadline, origin=origin_of(scope, header_fields(scope)))
+
+
+async def _relay_pieces(relay: TextRelay, request: RelayRequest) -> AsyncGenerator[tuple[int, RelayPiece]]:
+    async with aclosing(relay.ask(request)) as pieces:
+        async for piece in pieces:
+            yield 0, piece
 
 
 def _generator(served: ServedVersion, reference: Reference) -> TextGenerator:
@@ -250,24 +284,28 @@ class _Answering:
     Attributes:
         open: pieces may still come; whoever has it closes it.
         first_s: from the request's beginning to its first piece; None until that is there.
+        words: of the request, for what the model complains of; None: the complaints are in them already.
     """
 
     def __init__(
         self,
         served: ServedVersion,
-        generator: TextGenerator,
-        requests: Sequence[GenerationRequest],
-        writer: Writer,
+        pieces: AsyncGenerator[tuple[int, Any]],
+        answers: int,
+        writer: Writer[Any],
         started: float,
+        words: _Words | None,
     ) -> None:
         self.served = served
         self.writer = writer
+        self.words = words
         self.open = False
         self.first_s: float | None = None
         self._started = started
-        self._pieces = _pieces(generator, requests)
-        self._usages: list[Usage | None] = [None] * len(requests)
-        self._first: asyncio.Future[tuple[int, Delta]] | None = None
+        self._pieces = pieces
+        self._attempts = 0
+        self._usages: list[Usage | None] = [None] * answers
+        self._first: asyncio.Future[tuple[int, Any]] | None = None
 
     async def gather(self) -> None:
         """Wait for all of it."""
@@ -285,7 +323,7 @@ class _Answering:
         try:
             await asyncio.wait((self._first,), timeout=FIRST_PIECE_S)
             if self._first.done():
-                self._first.result()
+                self._count(*self._first.result())
                 self.first_s = perf_counter() - self._started
         except BaseException:
             await self._shut()
@@ -304,6 +342,10 @@ class _Answering:
                 if delta.usage is not None:
                     self._count(index, delta)
                 yield event(index, delta)
+
+    def attempts_headers(self) -> list[tuple[bytes, bytes]]:
+        """How many calls of servers elsewhere were made, where any was and that is known yet."""
+        return [(b"inferway-upstream-attempts", b"%d" % self._attempts)] if self._attempts else []
 
     def usage(self, n: int) -> dict[str, Any]:
         return usage_body([usage or Usage(0, 0) for usage in self._usages], n)
@@ -335,7 +377,9 @@ class _Answering:
             first.exception()  # looked at, so that nobody is told of it again
         await self._pieces.aclose()
 
-    def _count(self, index: int, delta: Delta) -> None:
+    def _count(self, index: int, delta: Delta | RelayPiece) -> None:
+        if isinstance(delta, RelayPiece):
+            self._attempts = delta.attempts
         if delta.usage is not None:
             self._usages[index] = delta.usage
 
@@ -386,15 +430,12 @@ class EventStream(Response):
         usage: an event has the usage before the end.
     """
 
-    def __init__(
-        self, answering: _Answering, n: int, *, usage: bool, words: _Words, started: float, span: Span
-    ) -> None:
+    def __init__(self, answering: _Answering, n: int, *, usage: bool, started: float, span: Span) -> None:
         self.status_code = 200
         self.background = None
         self._answering = answering
         self._n = n
         self._usage = usage
-        self._words = words
         self._started = started
         self._span = span
 
@@ -418,6 +459,7 @@ class EventStream(Response):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
         if answering.first_s is not None:
             headers.append((b"server-timing", _timing(answering.first_s)))
+        headers += answering.attempts_headers()
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         line = _Line(send)
         await line.write(writer.opening())
@@ -429,7 +471,7 @@ class EventStream(Response):
                     if event:
                         await line.write(event)
         except InvalidParameterError as error:
-            failure = self._words.of(error)
+            failure = error if answering.words is None else answering.words.of(error)
         except GatewayError as error:
             failure = error
         except asyncio.CancelledError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import orjson
 
@@ -19,6 +19,7 @@ from .tools import CallParser, CallPiece, Tools
 
 DONE: Final = b"data: [DONE]\n\n"
 KEEP_ALIVE: Final = b": keep-alive\n\n"
+_Piece = TypeVar("_Piece", contravariant=True)
 
 
 def new_id(prefix: str) -> str:
@@ -48,8 +49,8 @@ def usage_body(usages: Sequence[Usage], n: int) -> dict[str, Any]:
     }
 
 
-class Writer(Protocol):
-    """Writes the answers to one request. Each ``delta`` is given to it as it comes.
+class Writer(Protocol[_Piece]):
+    """Writes the answers to one request. Each piece is given to it as it comes.
 
     Attributes:
         identity: the ``id`` of what is answered.
@@ -63,7 +64,7 @@ class Writer(Protocol):
         """Events before the first piece."""
         ...
 
-    def event(self, index: int, delta: Delta) -> bytes:
+    def event(self, index: int, delta: _Piece, /) -> bytes:
         """Events for a piece of the answer with that index; empty where there is nothing to tell yet."""
         ...
 
@@ -71,7 +72,7 @@ class Writer(Protocol):
         """Events after the last piece, with the usage where it was asked for."""
         ...
 
-    def take(self, index: int, delta: Delta) -> None:
+    def take(self, index: int, delta: _Piece, /) -> None:
         """Keep a piece for ``body``."""
         ...
 

@@ -25,7 +25,12 @@ _SHOWN_CHARACTERS: Final = 64
 
 
 async def read(scope: Scope, receive: Receive, body: type[_Body]) -> _Body:
-    """The request's body.
+    """The request's body. Raises as ``read_members``."""
+    return (await read_members(scope, receive, body))[0]
+
+
+async def read_members(scope: Scope, receive: Receive, body: type[_Body]) -> tuple[_Body, dict[str, Any]]:
+    """The request's body, and its members as they came, the unknown ones among them.
 
     Raises:
         InvalidParameterError: a member is wrong; ``param`` says which one, and no value is told.
@@ -45,11 +50,11 @@ async def read(scope: Scope, receive: Receive, body: type[_Body]) -> _Body:
     return _parse(bytes(raw), limit, body)
 
 
-def _parse(raw: bytes, limit: int, body: type[_Body]) -> _Body:
+def _parse(raw: bytes, limit: int, body: type[_Body]) -> tuple[_Body, dict[str, Any]]:
     value = load_json(raw, limit) if raw else {}
     if type(value) is not dict:
         raise MalformedRequestError("expected a JSON object as the body")
-    return checked(body, value)
+    return checked(body, value), value
 
 
 def checked(body: type[_Body], value: Mapping[str, Any]) -> _Body:
