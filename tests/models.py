@@ -313,6 +313,11 @@ def slow(size: int = 64) -> bytes:
     return _loop("steps", [value("steps", I64, [])], size, {})
 
 
+def late(steps: int, size: int = 64) -> bytes:
+    """y = tanh applied ``steps`` times to x, FP32 ``[batch, size]``: a version as slow as it was made."""
+    return _loop("trips", [], size, {"trips": np.array(steps, np.int64)})
+
+
 def endless(size: int = 64) -> bytes:
     """Never returns; only terminating the run ends it. FP32 ``[batch, size]``."""
     return _loop("", [], size, {})
@@ -321,6 +326,20 @@ def endless(size: int = 64) -> bytes:
 def fill() -> bytes:
     """y = zeros of the shape that the INT64 input ``shape`` asks for: the output is as large as a caller wishes."""
     return model([node("ConstantOfShape", ["shape"], ["y"])], [value("shape", I64, ["rank"])], [value("y", F32, None)])
+
+
+def stuck() -> bytes:
+    """y = the sum of a product of matrices of the shape that the INT64 input ``shape`` asks for: one node that can take
+    as long as a caller wishes, and that cannot be stopped."""
+    return model(
+        [
+            node("ConstantOfShape", ["shape"], ["ones"]),
+            node("MatMul", ["ones", "ones"], ["product"]),
+            node("ReduceSum", ["product"], ["y"], keepdims=0),
+        ],
+        [value("shape", I64, [2])],
+        [value("y", F32, [])],
+    )
 
 
 def external_data(size: int = 64, location: str = "model.onnx.data") -> tuple[bytes, bytes]:

@@ -97,6 +97,32 @@ def test_a_bad_canary_is_taken_back_once_whoever_sees_it(two: list[Inferway]) ->
     assert back.weights == {"1": 50, "2": 50}
 
 
+@pytest.mark.slow
+def test_a_slow_canary_is_taken_back(two: list[Inferway]) -> None:
+    """By latency alone: nothing fails, and errors are not even bounded."""
+    here, there = two
+    here.models.deploy(models.late(1, 4), name="steady", progress=False)
+    here.models.deploy(models.late(20_000, 4), name="steady", alias=None, progress=False)
+    slow = {"window_s": 6, "min_requests": 20, "max_error_rate": 1, "max_p95_ratio": 3}
+    here.models.set_alias("steady", "stable", {1: 70, 2: 30}, guard=slow)
+    until(lambda: "steady" in there.models.list(), AGREE_S)
+
+    def taken_back() -> bool:
+        for client in two:
+            for _ in range(4):
+                client.infer("steady", GOOD)
+        return here.models.alias("steady", "stable").weights["2"] == 0
+
+    until(taken_back)
+    until(lambda: set(versions(there, "steady")) == {"1"}, AGREE_S + 2)
+    done = [event for event in there.models.events("steady") if event.kind == "auto_rolled_back"]
+    assert [(event.by, event.version, event.detail["reason"]) for event in done] == [("gateway", 2, "p95")]
+    detail = done[0].detail
+    assert detail["errors"] == 0
+    assert detail["p95_ms"] > 3 * detail["baseline_p95_ms"]
+    assert f"took {detail['p95_ms']:g} ms at the 95th percentile" in detail["text"]
+
+
 def test_a_shadow_that_was_deployed_is_compared(two: list[Inferway]) -> None:
     here, _ = two
     deploy(here, "copied")
@@ -155,6 +181,24 @@ def test_fronts_share_out_fall_back_and_are_guarded(fronts: Inferway) -> None:
     until(taken_back)
     traffic = fronts.models.alias("behind", "stable").traffic["2"]
     assert traffic.errors == traffic.fallbacks > 0
+
+
+@pytest.mark.slow
+def test_what_fronts_time_is_judged_together(fronts: Inferway) -> None:
+    fronts.models.deploy(models.late(1, 4), name="timed", progress=False)
+    fronts.models.deploy(models.late(20_000, 4), name="timed", alias=None, progress=False)
+    slow = {"window_s": 6, "min_requests": 20, "max_error_rate": 1, "max_p95_ratio": 3}
+    fronts.models.set_alias("timed", "stable", {1: 70, 2: 30}, guard=slow)
+
+    def taken_back() -> bool:
+        client = fronts.with_options()  # a connection of its own, which either of the fronts may take
+        for _ in range(8):
+            client.infer("timed", GOOD)
+        return fronts.models.alias("timed", "stable").weights["2"] == 0
+
+    until(taken_back)
+    done = [event.detail for event in fronts.models.events("timed") if event.kind == "auto_rolled_back"]
+    assert [(detail["reason"], detail["errors"]) for detail in done] == [("p95", 0)]
 
 
 def descendants(pid: int) -> set[int]:
