@@ -1032,12 +1032,14 @@ class ChatChoice(Answer):
 
 
 class ChatCompletion(Answer):
+    """An answer. A model on another server may not tell its usage."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: CompletionUsage
+    usage: CompletionUsage | None = None
     system_fingerprint: str | None = None
 
 

@@ -33,6 +33,7 @@
       DeadlineExceededError             deadline_exceeded     no
       CancelledByCallerError            cancelled             no
       ModelExecutionError               model_failed          no
+        RunTooLargeError                run_too_large         no
       WorkerCrashedError                worker_crashed        no
       UpstreamError                     upstream_failed       no
       InsufficientStorageError          insufficient_storage  no
@@ -216,6 +217,12 @@ class ModelExecutionError(GatewayError):
     """The model itself failed on this request, which had passed every check of its signature."""
 
     code = "model_failed"
+
+
+class RunTooLargeError(ModelExecutionError):
+    """What the model would compute for this request takes more memory than it may have."""
+
+    code = "run_too_large"
 
 
 class InternalError(GatewayError):

@@ -44,11 +44,14 @@ _SUM_TOLERANCE: Final = 1e-6
 _MOST_VERSION: Final = 10**18
 
 FALLBACK_CODES: Final = frozenset(
-    {"model_not_ready", "model_failing", "worker_crashed", "upstream_failed", "model_failed", "memory_exceeded"}
-)
-"""Failures after which the next version of the chain is asked. ``model_failed`` is among them: the request had passed
-every check of the signature, so an answer of an older version is better than none. A request of which the processes of
-two versions died goes no further."""
+    {
+        "model_not_ready", "model_failing", "worker_crashed", "upstream_failed", "model_failed", "run_too_large",
+        "memory_exceeded",
+    }
+)  # fmt: skip
+"""Failures after which the next version of the chain is asked. ``model_failed`` and ``run_too_large`` are among them:
+the request had passed every check of the signature, so an answer of an older version is better than none. A request of
+which the processes of two versions died goes no further."""
 FAULT_CODES: Final = FALLBACK_CODES | {"internal", "deadline_exceeded"}
 """Failures that count against a version. A deadline may have been the caller's own and short, but then it is so for
 every target alike, and they are only ever compared with each other."""

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...core.backend import Profile, RunHandle
-from ...core.errors import DeadlineExceededError, ModelExecutionError
+from ...core.errors import DeadlineExceededError, ModelExecutionError, RunTooLargeError
 from ...core.tensors import DTYPES, Arrays, Signature, TensorSpec
 from . import memory
 from .sample import Sample
@@ -98,7 +98,13 @@ class OnnxSession:
         except Exception as error:
             if handle is not None and handle.terminated:
                 raise DeadlineExceededError(f"the run of model '{self._name}' was ended before it was done") from None
-            raise ModelExecutionError(f"model '{self._name}' failed: {explain(error)}") from error
+            text = explain(error)
+            if isinstance(error, MemoryError) or _TOO_LARGE.search(text):
+                raise RunTooLargeError(
+                    f"model '{self._name}' takes more memory for this request than it may have: {text}; ask for less "
+                    "at once"
+                ) from error
+            raise ModelExecutionError(f"model '{self._name}' failed: {text}") from error
         finally:
             if handle is not None:
                 handle.bind(None)
@@ -183,6 +189,13 @@ def _bits(value: Any) -> NDArray[np.uint16]:
     return np.frombuffer(borrowed, np.uint16).copy().reshape(shape)
 
 
+_TOO_LARGE: Final = re.compile(
+    r"failed to allocate memory|bad_?alloc|out of memory|is smaller than requested bytes"
+    r"|tensor storage size overflowed|^\w+: integer overflow$",
+    re.IGNORECASE,
+)
+"""What the runtime says where memory is refused, or where a shape has more elements than can be counted. Source:
+onnxruntime/core/framework/bfc_arena.cc, tensor.cc and core/common/safeint.h, and its CUDA allocator."""
 _STATUS: Final = re.compile(r"^(?:Error in execution: )?(?:\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : )+")
 _NODE: Final = re.compile(r"Non-zero status code returned while running (\S+) node\. Name:'[^']*' Status Message: ")
 _SOURCE: Final = re.compile(r"\S*/[^\s:]+:\d+ (?:[^()]*\([^()]*\)(?: const)? )?")

@@ -23,7 +23,7 @@ import numpy.random  # numpy imports it when it is first used, which is too late
 from numpy.typing import NDArray
 
 from ...core.backend import Artifact, RunHandle
-from ...core.errors import DeadlineExceededError, GatewayError, ModelExecutionError, ModelLoadError
+from ...core.errors import DeadlineExceededError, GatewayError, ModelLoadError, RunTooLargeError
 from ...core.model_config import ModelConfig, WarmupInput
 from ...core.tensors import DTYPES
 from ..language.child import speak
@@ -225,10 +225,12 @@ class LaneServer:
             return self._answer(arrays)
         except DeadlineExceededError:
             return messages.pack_error(messages.TERMINATED, "")
+        except RunTooLargeError as error:
+            return messages.pack_error(messages.TOO_LARGE, error.message)
         except GatewayError as error:
             return messages.pack_error(messages.MODEL_FAILED, error.message)
         except MemoryError:
-            return messages.pack_error(messages.MODEL_FAILED, "there is not enough memory for this request")
+            return messages.pack_error(messages.TOO_LARGE, "there is not enough memory for this request")
         except Exception as error:
             return messages.pack_error(messages.DEFECT, type(error).__name__)
         finally:
@@ -295,7 +297,7 @@ class LaneServer:
         if not message:
             os._exit(0)
         if message[0] != messages.OUTPUTS:
-            raise ModelExecutionError(messages.clean_text(message[1:]))
+            raise RunTooLargeError(messages.clean_text(message[1:]))
         self._layouts.clear()
         self._outputs = None
         self._outputs = Arena.attach(fds[0])

@@ -25,7 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.backend import Done, RunHandle
-from ...core.errors import DeadlineExceededError, GatewayError, ModelExecutionError, WorkerCrashedError
+from ...core.errors import (
+    DeadlineExceededError,
+    GatewayError,
+    ModelExecutionError,
+    RunTooLargeError,
+    WorkerCrashedError,
+)
 from ...core.tensors import DTYPES, Arrays, Signature
 from . import messages
 from .arena import Arena, aligned
@@ -293,6 +299,8 @@ class Lane:
                 raise DeadlineExceededError("the run was ended before it was done")
             if message[1] == messages.MODEL_FAILED:
                 raise ModelExecutionError(text)
+            if message[1] == messages.TOO_LARGE:
+                raise RunTooLargeError(text)
             raise ProtocolError(f"it failed with {text}")
         raise ProtocolError(f"a message of kind {kind}")
 

@@ -52,7 +52,9 @@ NEED: Final = 26
 MODEL_FAILED: Final = 1
 TERMINATED: Final = 2
 DEFECT: Final = 3
-"""Kinds of ERROR: the model refused or failed; the run was ended through its handle; the worker itself is wrong."""
+TOO_LARGE: Final = 4
+"""Kinds of ERROR: the model refused or failed; the run was ended through its handle; the worker itself is wrong; the
+run takes more memory than there is for it."""
 
 MAX_TEXT_BYTES: Final = 1200
 CONTROL_BYTES: Final = 4096
