@@ -51,6 +51,7 @@ async def test_a_chat_is_answered_as_the_contract_says() -> None:
     answer = contract.ChatCompletion.model_validate(response.json())
     assert answer.choices[0].message.content == "Hello!"
     assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 3
     prompt = generator.decode(generator.asked[0].prompt)
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
