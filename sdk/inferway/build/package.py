@@ -27,7 +27,7 @@ from .._package import FACTS_FILE, MODEL_FILE, Offer
 from .._signature import TensorSpec
 from .._tensors import quoted_names
 from .export import to_onnx
-from .model import Label, OnnxModel
+from .model import Label, OnnxModel, cut_golden
 from .source import Dynamic
 
 CLASSES_FILE: Final = "classes.txt"
@@ -88,7 +88,8 @@ def package(
 
     Args:
         model: an `OnnxModel`, a report or a wrapped model, which have one as ``model`` or ``onnx``, or anything that
-            `to_onnx` takes; then with ``example`` and ``dynamic``.
+            `to_onnx` takes; then with ``example`` and ``dynamic``. What a report, a wrapped model or another package
+            knows goes along: labels, metadata and golden examples.
         folder: is made. One that has files of other origin is refused.
         name: kept with it, as the name that is meant.
         labels: short texts to find the version by; ``framework`` is there already.
@@ -107,8 +108,7 @@ def package(
     if classes is not None:
         made = made.with_classes(classes)
     target = Path(folder)
-    _make_room(target, overwrite)
-    offer = made.__inferway_source__()
+    offer = _known_of(model, made)
     kept = {
         **offer.metadata,
         **({"metrics": {key: float(value) for key, value in metrics.items()}} if metrics else {}),
@@ -125,8 +125,9 @@ def package(
             "outputs": [_spec(spec) for spec in made.outputs],
         },
     }
-    examples = made.golden(golden) if isinstance(golden, int) else golden
+    examples = _examples(model, made, offer, golden) if isinstance(golden, int) else golden
     text = golden_json(examples, made.signature) if examples else None
+    _make_room(target, overwrite)  # last, for the package that is replaced may be the one that was given
     made.save(target / MODEL_FILE)
     if text is not None:
         (target / GOLDEN_FILE).write_bytes(text)
@@ -153,6 +154,26 @@ def model_of(model: Any, example: object = None, dynamic: Dynamic = None) -> Onn
     if give is not None and not isinstance(model, type):
         return model_of(give().model)
     return to_onnx(model, example, dynamic=dynamic)
+
+
+def _known_of(given: Any, made: OnnxModel) -> Offer:
+    """What is known of a model by the object that was given for it, which may know more than the graph does."""
+    if isinstance(given, Package):
+        return Offer(made.proto, given.labels, given.metadata)
+    give = getattr(given, "__inferway_source__", None)
+    offer: Offer = made.__inferway_source__() if give is None or isinstance(given, type) else give()
+    return offer
+
+
+def _examples(given: Any, made: OnnxModel, offer: Offer, rows: int) -> Golden | None:
+    """Golden examples of the object that was given. An optimised graph has outputs of its own, which its report knows:
+    those of what it was made from are another model's."""
+    if isinstance(given, Package):
+        there = given.path / GOLDEN_FILE
+        return there if rows > 0 and there.is_file() else None
+    if isinstance(given, OnnxModel) or not isinstance(offer.golden, list | tuple):
+        return made.golden(rows)
+    return [cut_golden(example, rows) for example in offer.golden] if rows > 0 else None
 
 
 def _make_room(target: Path, overwrite: bool) -> None:

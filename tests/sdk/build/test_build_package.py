@@ -18,6 +18,7 @@ import models
 from inferway import ConfigurationError, DeploymentFailedError, Inferway
 from inferway._package import Offer, offer_of
 from live import LiveGateway, run_gateway
+from optimizing import mlp, rows
 
 FLOWERS, NUMBERS = load_iris(return_X_y=True)
 NAMES = np.array(["setosa", "versicolor", "virginica"])
@@ -141,6 +142,32 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert inferway.package(models.add_one(), made.path, overwrite=True).files["model.onnx"] > 0
     with pytest.raises(ConfigurationError, match="to be a folder, and it is a file"):
         inferway.package(models.add_one(), tmp_path / "notes.txt")
+
+
+def test_a_package_of_a_report_has_its_golden_examples_and_what_it_knows(client: Inferway, tmp_path: Path) -> None:
+    report = inferway.optimize(
+        mlp(), rows(40, 16), techniques=["static_int8/minmax"], objective="size", rounds=3, batch_sizes=(1,)
+    )
+    offer = report.__inferway_source__()
+    made = inferway.package(report, tmp_path / "small", labels={"team": "botany"}, metadata={"rows": 150})
+    assert made.labels == {**offer.labels, "team": "botany"}
+    assert made.metadata == {**offer.metadata, "rows": 150}
+    assert made.labels["optimised"] == "static-int8-minmax"
+    ((_, outputs, room),) = report.golden
+    (kept,) = json.loads((made.path / "golden.json").read_text())["examples"]
+    assert kept["outputs"][0]["data"] == pytest.approx(outputs["logits"][:8].ravel().tolist())
+    assert kept["atol"] == room["atol"]
+    few = inferway.package(report, tmp_path / "few", golden=2)
+    (kept,) = json.loads((few.path / "golden.json").read_text())["examples"]
+    assert kept["inputs"][0]["shape"] == [2, 16]
+    assert inferway.package(report, tmp_path / "bare", golden=0).files.keys() == made.files.keys() - {"golden.json"}
+    record = client.models.deploy(made, name="small").version_record
+    assert record is not None
+    assert record.labels == made.labels
+    assert record.metadata == made.metadata
+    for folder in (tmp_path / "again", made.path):
+        again = inferway.package(made, folder, overwrite=True)
+        assert (again.labels, again.metadata, again.files) == (made.labels, made.metadata, made.files)
 
 
 def test_what_knows_its_model_gives_it(tmp_path: Path) -> None:
