@@ -201,6 +201,43 @@ def test_what_fronts_time_is_judged_together(fronts: Inferway) -> None:
     assert [(detail["reason"], detail["errors"]) for detail in done] == [("p95", 0)]
 
 
+STEP = '[[steps]]\nname = "s"\nmodel = "stepped"\ninputs = { x = "x" }\n'
+
+
+@pytest.mark.parametrize("processes", ["one process", "fronts"])
+def test_a_pipelines_step_is_as_sticky_guarded_and_answered_for_as_its_alias(
+    processes: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    client: Inferway = request.getfixturevalue("two")[0] if processes == "one process" else fronts_of(request)
+    client.models.deploy(models.add_one(4), name="stepped", progress=False)
+    client.models.deploy(models.fails_on_negative(4), name="stepped", alias=None, progress=False)
+    (tmp_path / "pipeline.toml").write_text(STEP)
+    client.models.deploy(tmp_path, name="outer", progress=False)
+    client.models.set_alias("stepped", "stable", {1: 50, 2: 50}, sticky="header:X-User")
+
+    def sums(target: str) -> list[float]:
+        return [float(client.infer(target, GOOD, headers={"X-User": user})["y"][0, 0]) for user in USERS]
+
+    direct = sums("stepped")
+    assert len(set(direct)) == 2
+    until(lambda: sums("outer") == direct, AGREE_S + 2)
+    client.models.set_alias("stepped", "stable", {1: 50, 2: 50}, fallback=[1], guard=GUARD)
+
+    def taken_back() -> bool:
+        for inputs in (GOOD, BAD, GOOD, BAD):
+            client.infer("outer", inputs)  # raises where a caller is given an error
+        return client.models.alias("stepped", "stable").weights["2"] == 0
+
+    until(taken_back)
+    traffic = client.models.alias("stepped", "stable").traffic["2"]
+    assert traffic.errors == traffic.fallbacks > 0
+
+
+def fronts_of(request: pytest.FixtureRequest) -> Inferway:
+    client: Inferway = request.getfixturevalue("fronts")
+    return client
+
+
 def descendants(pid: int) -> set[int]:
     """Processes that a process started, and those that these did."""
     parents: dict[int, int] = {}

@@ -25,7 +25,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -86,6 +86,7 @@ class InferenceRequest:
         origin: headers by which servers elsewhere recognise the request, such as its id; passed on with it.
         depth: how many pipelines it came through.
         allowance: runs that these may still make for it; None where it came through none.
+        asker: who asks, where that may decide which version of a pipeline's step answers.
     """
 
     inputs: dict[str, NDArray[Any]]
@@ -98,6 +99,20 @@ class InferenceRequest:
     origin: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
     depth: int = field(default=0, kw_only=True)
     allowance: Allowance | None = field(default=None, kw_only=True)
+    asker: Asker | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks, as sticky aliases know a caller.
+
+    Attributes:
+        key_id: of the key; empty where there is none.
+        fields: headers, names in lower case.
+    """
+
+    key_id: str
+    fields: Mapping[bytes, bytes]
 
 
 @dataclass(slots=True)

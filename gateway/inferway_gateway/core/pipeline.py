@@ -4,7 +4,9 @@
 as ``step.output``. What the pipeline takes and gives is derived from its steps, or declared.
 
 **Which versions.** A step may name an alias, so which version answers is decided for each request, once, when the
-request begins: a request sees one version of each model. The types of the graph were checked when the pipeline was
+request begins, as for a request of the same caller to that alias: a request sees one version of each model, and a
+caller of a sticky alias always the same. What a version fails counts against it there, and the alias' fallbacks, where
+they fit, stand in for it. The types of the graph were checked when the pipeline was
 loaded, against the versions of that time. When an alias moves on to a version with another signature they are checked
 again, against what the pipeline has promised since.
 
@@ -24,7 +26,7 @@ from typing import Any, Final, Protocol
 
 from numpy.typing import NDArray
 
-from .batcher import Allowance, Answer, InferenceRequest
+from .batcher import Allowance, Answer, Asker, InferenceRequest
 from .errors import (
     DeadlineExceededError,
     GatewayError,
@@ -36,8 +38,9 @@ from .errors import (
 )
 from .execution import Executor
 from .inflight import InFlight
+from .routing import FALLBACK_CODES, TargetStats
 from .stats import Histogram, ModelStats
-from .tensors import Signature, TensorSpec
+from .tensors import Arrays, Signature, TensorSpec
 
 MAX_STEPS: Final = 64
 MAX_DEPTH: Final = 8
@@ -111,11 +114,34 @@ class StepModel(Protocol):
     def stats(self) -> ModelStats: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a target stands for, for one request.
+
+    Attributes:
+        target: names no alias.
+        fallback: what stands in for it, in order; names no aliases.
+        stats: of the alias' target; None where no alias has a say.
+    """
+
+    target: StepTarget
+    fallback: tuple[StepTarget, ...] = ()
+    stats: TargetStats | None = None
+
+
 class StepModels(Protocol):
     """Finds the models of steps. Errors are the registry's and the router's."""
 
+    def choose(self, target: StepTarget, asker: Asker | None) -> Choice:
+        """What a request that begins now gets."""
+        ...
+
+    def locate(self, target: StepTarget) -> StepTarget:
+        """Without an alias, where no request asks: of several versions the one of the largest weight."""
+        ...
+
     def resolve(self, target: StepTarget) -> StepModel:
-        """The version that a request beginning now gets; ``ModelNotReadyError`` where it has to be loaded first."""
+        """The version of a target without an alias; ``ModelNotReadyError`` where it has to be loaded first."""
         ...
 
     async def acquire(self, target: StepTarget, deadline: float | None) -> StepModel:
@@ -483,7 +509,7 @@ class PipelineExecutor:
         for step in spec.steps:
             if step.target not in found:
                 try:
-                    found[step.target] = await _acquired(models, step.target, deadline)
+                    found[step.target] = await _acquired(models, models.locate(step.target), deadline)
                 except GatewayError as error:
                     raise _unready(step, error) from error
         _check_nesting(name, version, found, models, Allowance(MAX_RUNS - len(spec.steps)))
@@ -497,7 +523,8 @@ class PipelineExecutor:
     def row_exact(self) -> bool:
         """Whether those of all steps are, as they stand now."""
         try:
-            return all(self._models.resolve(target).batcher.row_exact for target in self.spec.targets)
+            models = self._models
+            return all(models.resolve(models.locate(target)).batcher.row_exact for target in self.spec.targets)
         except GatewayError:
             return False
 
@@ -539,8 +566,8 @@ class PipelineExecutor:
         self._stats.running += 1
         started = time.perf_counter()
         try:
-            models = await self._models_of(request)
-            run = _Run(self, self._graph, models, request)
+            chosen = await self._chosen_for(request)
+            run = _Run(self, self._graph, chosen, request)
             outputs = await run.all()
         finally:
             self._stats.running -= 1
@@ -549,22 +576,24 @@ class PipelineExecutor:
         self._stats.answered(request.rows, 0.0, 0.0, seconds, 0.0)
         return Answer(outputs, 0.0, 0.0, seconds, 0.0, request.rows, run.upstream_attempts)
 
-    async def _models_of(self, request: InferenceRequest) -> dict[StepTarget, StepModel]:
+    async def _chosen_for(self, request: InferenceRequest) -> dict[StepTarget, _Chosen]:
         """What each step's target stands for, from here to the end of the request."""
-        found: dict[StepTarget, StepModel] = {}
+        found: dict[StepTarget, _Chosen] = {}
         for step in self.spec.steps:
             if step.target not in found:
                 try:
-                    found[step.target] = await _acquired(self._models, step.target, request.deadline)
+                    choice = self._models.choose(step.target, request.asker)
+                    found[step.target] = await _found(self._models, choice, request.deadline)
                 except DeadlineExceededError:
                     raise
                 except GatewayError as error:
                     raise _unready(step, error) from error
         # Another signature is another object, or nearly always the same one: then nothing has to be compared.
-        bound = tuple(model.batcher.signature for model in found.values())
+        bound = tuple(chosen.model.batcher.signature for chosen in found.values())
         if len(bound) != len(self._bound) or any(a is not b for a, b in zip(bound, self._bound, strict=True)):
             try:
-                self._graph = bind(self.spec, found, self._graph.signature)
+                models = {target: chosen.model for target, chosen in found.items()}
+                self._graph = bind(self.spec, models, self._graph.signature)
             except ModelRejectedError as error:
                 raise ModelNotReadyError(
                     f"'{self._name}' is not ready, its steps do not fit together any more: {error.message}"
@@ -572,9 +601,13 @@ class PipelineExecutor:
             self._bound = bound
         return found
 
-    def reacquired(self, target: StepTarget, model: StepModel, deadline: float | None) -> Any:
+    async def acquired(self, target: StepTarget, deadline: float | None) -> StepModel:
+        """A version of a step's model, loaded where it is not."""
+        return await _acquired(self._models, target, deadline)
+
+    async def reacquired(self, model: StepModel, deadline: float | None) -> StepModel:
         """The same version of a model that was unloaded under a request, loaded again."""
-        return self._models.acquire(StepTarget(model.name, None, model.version), deadline)
+        return await self._models.acquire(StepTarget(model.name, None, model.version), deadline)
 
 
 class _Run:
@@ -584,12 +617,12 @@ class _Run:
         self,
         pipeline: PipelineExecutor,
         graph: Graph,
-        models: Mapping[StepTarget, StepModel],
+        chosen: Mapping[StepTarget, _Chosen],
         request: InferenceRequest,
     ) -> None:
         self._pipeline = pipeline
         self._graph = graph
-        self._models = models
+        self._chosen = chosen
         self._request = request
         self._program = program = graph.program(request.outputs)
         self._values: dict[int, NDArray[Any]] = {
@@ -638,25 +671,68 @@ class _Run:
     async def _step(self, index: int) -> None:
         step = self._graph.steps[index]
         writes = self._program.writes[index]
-        target = step.spec.target
-        model = self._models[target]
+        outputs = tuple(name for name, _ in writes)
+        # An optional input that the request leaves out is left out of the step.
+        inputs = {name: self._values[slot] for name, slot in step.reads if slot in self._values}
+        answer, rows = await self._answer(step.spec, inputs, outputs)
+        self.upstream_attempts += answer.upstream_attempts
+        if self._graph.signature.batched:
+            self._check_rows(step.spec, outputs, answer, rows)
+        for (_, slot), array in zip(writes, answer.outputs, strict=True):
+            self._values[slot] = array
+        for slot in {slot for _, slot in step.reads}:
+            self._readers[slot] -= 1
+            if not self._readers[slot]:
+                self._values.pop(slot, None)
+
+    async def _answer(self, step: StepSpec, inputs: Arrays, outputs: tuple[str, ...]) -> tuple[Answer, int]:
+        """What the step's version answers, or the first fallback that fits where that one fails by its own fault, and
+        the rows that it was given."""
+        chosen = self._chosen[step.target]
+        stats = chosen.stats
+        if stats is not None:
+            stats.requests += 1
+        try:
+            return await self._ask(step, chosen.model, inputs, outputs)
+        except GatewayError as error:
+            failure = error
+        if stats is not None:
+            stats.failed(failure.code)
+        crashes = int(failure.code == "worker_crashed")
+        for target in chosen.fallback if failure.code in FALLBACK_CODES else ():
+            try:
+                model = await self._pipeline.acquired(target, self._request.deadline)
+                if not _alike(chosen.model.batcher.signature, model.batcher.signature, outputs):
+                    continue
+                answer = await self._ask(step, model, inputs, outputs)
+            except GatewayError as error:
+                crashes += error.code == "worker_crashed"
+                if crashes > 1 or error.code in ("deadline_exceeded", "cancelled"):
+                    break
+            else:
+                if stats is not None:
+                    stats.fallbacks += 1
+                return answer
+        raise failure
+
+    async def _ask(
+        self, step: StepSpec, model: StepModel, inputs: Arrays, outputs: tuple[str, ...]
+    ) -> tuple[Answer, int]:
         whole = self._request
         self._allowance.left -= 1
         if self._allowance.left < 0:
             raise ModelNotReadyError(
-                f"step '{step.spec.name}' of '{self._pipeline._name}' would be more than the {MAX_RUNS} runs that "
+                f"step '{step.name}' of '{self._pipeline._name}' would be more than the {MAX_RUNS} runs that "
                 "pipelines, with those in them, may make for one request"
             )
-        # An optional input that the request leaves out is left out of the step.
-        inputs = {name: self._values[slot] for name, slot in step.reads if slot in self._values}
         started = time.perf_counter()
         code: str | None = None
         try:
             while True:
                 executor = model.batcher
                 request = InferenceRequest(
-                    inputs,
-                    tuple(name for name, _ in writes),
+                    dict(inputs),
+                    outputs,
                     executor.signature.check(inputs),
                     sum(map(_nbytes, inputs.values())),
                     whole.priority,
@@ -665,6 +741,7 @@ class _Run:
                     origin=whole.origin,
                     depth=whole.depth + 1,
                     allowance=self._allowance,
+                    asker=whole.asker,
                 )
                 try:
                     answer = executor.run_inline(request)
@@ -673,37 +750,29 @@ class _Run:
                     break
                 except ShuttingDownError:
                     # It was unloaded to make room, or reloaded, after this request began.
-                    fresh = await self._pipeline.reacquired(target, model, whole.deadline)
+                    fresh = await self._pipeline.reacquired(model, whole.deadline)
                     if fresh is model:
                         raise
                     model = fresh
+            return answer, request.rows
         except asyncio.CancelledError:
             code = "cancelled"
             raise
         except GatewayError as error:
             code = error.code
-            raise _at(step.spec, model, error) from error
+            raise _at(step, model, error) from error
         except Exception as error:
             code = "internal"
-            raise InternalError(f"step '{step.spec.name}' failed, the gateway's log has the details") from error
+            raise InternalError(f"step '{step.name}' failed, the gateway's log has the details") from error
         finally:
             seconds = time.perf_counter() - started
-            self._pipeline.step_seconds[step.spec.name].observe(seconds)
+            self._pipeline.step_seconds[step.name].observe(seconds)
             model.stats.finished(seconds, code)
-        self.upstream_attempts += answer.upstream_attempts
-        if self._graph.signature.batched:
-            self._check_rows(step.spec, request, answer)
-        for (_, slot), array in zip(writes, answer.outputs, strict=True):
-            self._values[slot] = array
-        for slot in {slot for _, slot in step.reads}:
-            self._readers[slot] -= 1
-            if not self._readers[slot]:
-                self._values.pop(slot, None)
 
-    def _check_rows(self, step: StepSpec, request: InferenceRequest, answer: Answer) -> None:
-        for name, array in zip(request.outputs, answer.outputs, strict=True):
-            if array.ndim == 0 or array.shape[0] != request.rows:
-                raise InternalError(f"step '{step.name}' gave '{name}' with other rows than the {request.rows} it got")
+    def _check_rows(self, step: StepSpec, outputs: Sequence[str], answer: Answer, rows: int) -> None:
+        for name, array in zip(outputs, answer.outputs, strict=True):
+            if array.ndim == 0 or array.shape[0] != rows:
+                raise InternalError(f"step '{step.name}' gave '{name}' with other rows than the {rows} it got")
 
 
 def _check_nesting(
@@ -733,10 +802,58 @@ def _check_nesting(
                     f"step '{step.name}' of the pipeline '{model.name}' names '{name}': that goes round in a circle"
                 )
             try:
-                below[step.target] = models.resolve(step.target)
+                below[step.target] = models.resolve(models.locate(step.target))
             except GatewayError:
                 continue  # it is not loaded, so it can be looked at no further; a request is counted when it gets there
         _check_nesting(name, version, below, models, allowance, depth + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The version that answers one request for a step, and what stands in for it.
+
+    Attributes:
+        stats: None where no alias has a say, or this is a fallback whose failures are nobody's.
+    """
+
+    model: StepModel
+    fallback: tuple[StepTarget, ...]
+    stats: TargetStats | None
+
+
+async def _found(models: StepModels, choice: Choice, deadline: float | None) -> _Chosen:
+    """The chosen version, or the first fallback where that one cannot be had."""
+    stats = choice.stats
+    try:
+        return _Chosen(await _acquired(models, choice.target, deadline), choice.fallback, stats)
+    except GatewayError as error:
+        code = "model_not_ready" if isinstance(error, NotFoundError) else error.code
+        if stats is not None:
+            stats.requests += 1
+            stats.failed(code)
+        for at, target in enumerate(choice.fallback if code in FALLBACK_CODES else (), start=1):
+            try:
+                model = await _acquired(models, target, deadline)
+            except DeadlineExceededError:
+                break
+            except GatewayError:
+                continue
+            if stats is not None:
+                stats.fallbacks += 1
+            return _Chosen(model, choice.fallback[at:], None)
+        raise
+
+
+def _alike(chosen: Signature, other: Signature, outputs: Sequence[str]) -> bool:
+    """Whether a fallback's answer can stand where the chosen version's would. Inputs are checked when it is asked."""
+    found = {tensor.name: tensor for tensor in other.outputs}
+    return chosen.batched == other.batched and all(
+        name in found
+        and found[name].datatype == (wanted := chosen.output(name)).datatype
+        and len(found[name].shape) == len(wanted.shape)
+        and all(-1 in (a, b) or a == b for a, b in zip(found[name].shape, wanted.shape, strict=True))
+        for name in outputs
+    )
 
 
 async def _acquired(models: StepModels, target: StepTarget, deadline: float | None) -> StepModel:

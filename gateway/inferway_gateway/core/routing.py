@@ -281,7 +281,6 @@ class Plan:
 
     __slots__ = (
         "_cuts",
-        "_header",
         "_kept",
         "_keyed",
         "_order",
@@ -290,6 +289,7 @@ class Plan:
         "_steps",
         "_sticky",
         "alias",
+        "header",
         "main",
         "model",
         "record",
@@ -328,7 +328,7 @@ class Plan:
         self._cuts = [min(_MASK, int(end * _CIRCLE)) for end in ends[:-1]]
         self._steps = kept.steps
         self._sticky = spec.sticky != "none"
-        self._header = (
+        self.header: Final = (
             spec.sticky[len(HEADER_PREFIX) :].lower().encode("ascii") if spec.sticky.startswith(HEADER_PREFIX) else None
         )
         self._keyed = [(_salt(record, v), w, self.routes[v]) for v, w in live.items()]
@@ -345,8 +345,8 @@ class Plan:
         if self._sole is not None:
             return self._sole
         if self._sticky:
-            value = None if self._header is None else fields.get(self._header)
-            if value is not None:
+            value = None if self.header is None else fields.get(self.header)
+            if value:  # an empty one tells nobody from anybody
                 return self._of(b"header:" + value)
             if key_id:
                 return self._of(b"key:" + key_id.encode())
@@ -402,6 +402,8 @@ class Router:
         self._fresh: dict[tuple[str, str], int] = {}
         """Aliases that were written or deleted here since the last ``update``, with their revision then."""
         self._seed = seed
+        self.headers: frozenset[bytes] = frozenset()
+        """Headers by which aliases are sticky, in lower case."""
 
     def resolve(self, target: str, version: int | None, key_id: str, fields: Mapping[bytes, bytes]) -> Route | None:
         """Which version a request gets.
@@ -463,6 +465,7 @@ class Router:
         for key, record in found.items():
             if key not in fresh or record.revision > fresh[key]:
                 self._install(record)
+        self._look_at_headers()
 
     def put(self, record: AliasRecord) -> None:
         """Take over one alias that this gateway has just written."""
@@ -471,6 +474,7 @@ class Router:
         if known is None or known.revision <= record.revision:
             self._install(record)
             self._fresh[key] = record.revision
+            self._look_at_headers()
 
     def forget(self, model: str, alias: str) -> None:
         """An alias does not exist any more: this gateway has just deleted it."""
@@ -478,6 +482,10 @@ class Router:
         if known is not None:
             self._drop(model, alias)
             self._fresh[model, alias] = known.revision
+            self._look_at_headers()
+
+    def _look_at_headers(self) -> None:
+        self.headers = frozenset(plan.header for plan in self.plans.values() if plan.header is not None)
 
     def _install(self, record: AliasRecord) -> None:
         key = (record.model, record.alias)

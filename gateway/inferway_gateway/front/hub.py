@@ -27,7 +27,7 @@ from typing import Any, Final, Protocol
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..core.batcher import Answer, InferenceRequest
+from ..core.batcher import Answer, Asker, InferenceRequest
 from ..core.errors import (
     GatewayError,
     InternalError,
@@ -392,6 +392,7 @@ class Front(Channel):
                 meta["deadline"],
                 meta["queue_timeout_s"],
                 origin=tuple((name, value) for name, value in meta["origin"]),
+                asker=_asker(meta["asker"]),
             )
             answer = served.batcher.run_inline(request)
         except (ModelNotReadyError, NotFoundError) as error:
@@ -469,6 +470,13 @@ class Front(Channel):
             held.metrics.http_requests(route, status, count)
         add_edge_stats(held.edge_stats, meta["edge"], meta["edge"]["open"] - self._open)
         self._open = meta["edge"]["open"]
+
+
+def _asker(said: Any) -> Asker | None:
+    if said is None:
+        return None
+    key_id, fields = said
+    return Asker(key_id, {name.encode(): value.encode("latin-1") for name, value in fields.items()})
 
 
 def _gone(error: GatewayError) -> GatewayError:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from ..core.batcher import Answer, InferenceRequest
+from ..core.batcher import Answer, Asker, InferenceRequest
 from ..core.errors import GatewayError, InternalError, ModelNotReadyError, ShuttingDownError
 from ..core.model_config import BatchPolicy, ModelConfig
 from ..core.routing import Router
@@ -78,6 +78,7 @@ class RemoteExecutor:
             "deadline": request.deadline,
             "queue_timeout_s": request.queue_timeout_s,
             "origin": request.origin,
+            "asker": self._link.asker(request.asker),
         }
         kind, said, data = await self._link.call(Kind.INFER, meta, list(request.inputs.values()))
         if kind == Kind.MOVED:
@@ -221,6 +222,13 @@ class Link(Channel):
         self.report()
         if self._transport is not None:
             self._transport.close()
+
+    def asker(self, asker: Asker | None) -> tuple[str, dict[str, str]] | None:
+        """What the owner has to know of who asks, should the model be a pipeline: no more than its aliases look at."""
+        if asker is None:
+            return None
+        fields = asker.fields
+        return asker.key_id, {h.decode(): fields[h].decode("latin-1") for h in self._router.headers if h in fields}
 
     def frame(self, kind: int, number: int, meta: dict[str, Any], data: memoryview) -> None:
         if kind in (Kind.ANSWER, Kind.VERSION, Kind.MOVED, Kind.ERROR):

@@ -14,7 +14,7 @@ from typing import Final
 
 from starlette.types import Receive, Scope, Send
 
-from ..core.batcher import Answer, InferenceRequest
+from ..core.batcher import Answer, Asker, InferenceRequest
 from ..core.errors import (
     CancelledByCallerError,
     DeadlineExceededError,
@@ -291,6 +291,7 @@ async def _infer(
         answer = batcher.run_inline(request)
         if answer is None:
             request.origin = origin_of(scope, headers)
+            request.asker = Asker(scope["principal"].key_id, headers)
             answer = await _queued(scope, receive, batcher, request)
     except ShuttingDownError:
         # A reload retired this version while the body arrived or was read, and its successor is in place already. A

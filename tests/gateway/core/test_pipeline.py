@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from inferway_gateway.core.batcher import Answer, InferenceRequest
+from inferway_gateway.core.batcher import Answer, Asker, InferenceRequest
 from inferway_gateway.core.errors import (
     DeadlineExceededError,
     GatewayError,
@@ -24,7 +24,8 @@ from inferway_gateway.core.errors import (
     ShuttingDownError,
 )
 from inferway_gateway.core.execution import Executor
-from inferway_gateway.core.pipeline import MAX_DEPTH, MAX_RUNS, PipelineExecutor, StepTarget
+from inferway_gateway.core.pipeline import MAX_DEPTH, MAX_RUNS, Choice, PipelineExecutor, StepTarget
+from inferway_gateway.core.routing import TargetStats
 from inferway_gateway.core.stats import ModelStats
 from inferway_gateway.core.tensors import Signature, TensorSpec
 from inferway_gateway.store.elsewhere import parse_pipeline
@@ -97,6 +98,9 @@ class Models:
         self.asleep: dict[tuple[str, int], Held] = {}
         """Loaded when they are acquired."""
         self.resolved: list[str] = []
+        self.choices: dict[str, Choice] = {}
+        """What targets stand for that are no names."""
+        self.askers: list[Asker | None] = []
         for name, executor in executors.items():
             self.put(name, 1, executor)
 
@@ -104,6 +108,13 @@ class Models:
         held = self.held[name, version] = Held(name, version, executor)
         self.latest[name] = version
         return held
+
+    def choose(self, target: StepTarget, asker: Asker | None) -> Choice:
+        self.askers.append(asker)
+        return self.choices.get(str(target), Choice(self.locate(target)))
+
+    def locate(self, target: StepTarget) -> StepTarget:
+        return StepTarget(target.model, None, target.version or self.latest.get(target.model))
 
     def resolve(self, target: StepTarget) -> Held:
         self.resolved.append(str(target))
@@ -231,8 +242,75 @@ async def test_a_request_sees_one_version_of_each_model() -> None:
         first.gate.set()
         answer = await task
     assert answer.outputs[0][0, 0] == 21
-    assert models.resolved == ["first", "second"]
+    assert models.resolved == ["first/versions/1", "second/versions/1"]
     assert (await pipeline.infer(ask())).outputs[0][0, 0] == 2001
+
+
+def shared(models: Models, first: Fake, second: Fake, third: Fake | None = None) -> TargetStats:
+    """Has ``m@canary`` stand for version 2 of a model, with version 1, and 3 where it is given, as fallbacks."""
+    models.put("m", 2, second)
+    if third is not None:
+        models.put("m", 3, third)
+    models.put("m", 1, first)
+    stats = TargetStats()
+    fallback = tuple(StepTarget("m", None, v) for v in ((3, 1) if third is not None else (1,)))
+    models.choices["m@canary"] = Choice(StepTarget("m", None, 2), fallback, stats)
+    return stats
+
+
+CANARY = '[[steps]]\nname = "s"\nmodel = "m@canary"\ninputs = { x = "x" }\n'
+
+
+async def test_a_step_knows_who_asks_and_counts_for_its_alias() -> None:
+    models = Models()
+    stats = shared(models, add(1), add(2))
+    pipeline = await opened(CANARY, models)
+    models.put("inner", 1, pipeline)
+    outer = await opened(CANARY.replace("m@canary", "inner"), models)
+    asker = Asker("key", {b"x-user": b"ann"})
+    assert (await outer.infer(ask(asker=asker))).outputs[0][0, 0] == 2
+    assert models.askers == [asker, asker]
+    assert (stats.requests, stats.errors, stats.fallbacks) == (1, 0, 0)
+
+
+async def test_a_fallback_of_its_alias_stands_in_for_a_step_that_fails() -> None:
+    models = Models()
+    second, misfit = add(2), add(3, "x FP32 -1 4", "y FP64 -1 4")
+    stats = shared(models, add(1), second, misfit)
+    pipeline = await opened(CANARY, models)
+    second.failure = ModelExecutionError("it broke")
+    assert (await pipeline.infer(ask())).outputs[0][0, 0] == 1
+    assert not misfit.requests, "what gives another datatype is passed over"
+    assert (stats.requests, stats.errors, stats.fallbacks) == (1, 1, 1)
+    second.failure = InvalidTensorError("the caller's own fault")
+    with pytest.raises(InvalidTensorError, match=r"step 's' \(m version 2\)"):
+        await pipeline.infer(ask())
+    assert (stats.requests, stats.errors, stats.fallbacks) == (2, 1, 1)
+
+
+async def test_where_every_fallback_fails_too_the_chosen_versions_error_is_told() -> None:
+    models = Models()
+    first, second = add(1), add(2)
+    stats = shared(models, first, second)
+    pipeline = await opened(CANARY, models)
+    second.failure = ModelExecutionError("it broke")
+    first.failure = QueueFullError("full", retry_after_s=1.0)
+    with pytest.raises(ModelExecutionError, match=r"step 's' \(m version 2\): it broke"):
+        await pipeline.infer(ask())
+    assert (stats.requests, stats.errors, stats.fallbacks) == (1, 1, 0)
+
+
+async def test_a_fallback_stands_in_for_a_version_that_is_gone() -> None:
+    models = Models()
+    stats = shared(models, add(1), add(2))
+    pipeline = await opened(CANARY, models)
+    del models.held["m", 2]
+    assert (await pipeline.infer(ask())).outputs[0][0, 0] == 1
+    assert (stats.requests, stats.failures, stats.fallbacks) == (1, {"model_not_ready": 1}, 1)
+    del models.held["m", 1]
+    with pytest.raises(ModelNotReadyError, match="there is none such"):
+        await pipeline.infer(ask())
+    assert (stats.requests, stats.fallbacks) == (2, 1)
 
 
 async def test_a_model_that_is_not_loaded_is_loaded_for_the_request() -> None:

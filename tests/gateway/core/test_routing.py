@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -172,7 +173,19 @@ def test_a_header_decides_where_it_is_there_and_the_key_where_it_is_not() -> Non
         assert {user: version_for(routes, key, {b"x-user": user}) for user in by_user} == by_user
     by_key = {key: version_for(routes, key) for key in CALLERS[:64]}
     assert set(by_key.values()) == {1, 2}
+    assert {key: version_for(routes, key, {b"x-user": b""}) for key in by_key} == by_key
     assert {key: version_for(routes, key) for key in by_key} == by_key
+
+
+def test_the_headers_that_aliases_look_at_are_known() -> None:
+    routes = router(AliasSpec({1: 50, 2: 50}, sticky="header:X-User"))
+    assert routes.headers == {b"x-user"}
+    (plan,) = routes.aliases()
+    routes.put(replace(plan.record, spec=AliasSpec({1: 100}), revision=plan.record.revision + 1))
+    assert routes.headers == frozenset()
+    routes.put(replace(plan.record, revision=plan.record.revision + 2))
+    routes.forget(plan.model, plan.alias)
+    assert routes.headers == frozenset()
 
 
 def test_a_value_of_a_header_is_not_taken_for_a_key_of_that_name() -> None:
