@@ -41,7 +41,9 @@ lint: env-test ## Check style and types only
 
 unit: env-test ## Run the tests only; ARGS="tests/sdk -k retry" picks some
 	@$(BIN)/python examples/models/make_models.py --quiet --only $(TEST_MODELS)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report term:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report term:skip-covered -m "not large" $(ARGS)
+	@# Alone, for it keeps memory and disk busy; it is skipped where there is not enough of them.
+	@[ -n "$(ARGS)" ] || $(BIN)/python -m pytest -m large tests/e2e/test_large_models.py
 
 models: env-test ## Make all the models of examples/models, 1.2 GB, in .cache
 	@$(BIN)/python examples/models/make_models.py --all
