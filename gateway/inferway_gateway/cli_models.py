@@ -30,6 +30,7 @@ _CONNECTION: Final = (
     "The gateway's address is --url, or INFERWAY_BASE_URL, or http://127.0.0.1:8080; the API key is in "
     "INFERWAY_API_KEY or in the file of --api-key-file."
 )
+_LOOK_AGAIN_S: Final = 0.5
 _SCOPES: Final = "Deploying and changing needs the scope deploy, looking the scope read."
 
 
@@ -60,6 +61,14 @@ def add_parser(commands: Any) -> None:
     deleted.add_argument("name", metavar="NAME")
     deleted.add_argument("alias", metavar="ALIAS")
 
+    promote = _action(actions, "promote", _promote, "make a version the one that an alias points at, alone")
+    promote.add_argument("name", metavar="NAME")
+    promote.add_argument(
+        "version", nargs="?", type=_positive, metavar="VERSION", help="left out: what the alias of --from points at"
+    )
+    promote.add_argument("--from", dest="source", default="canary", metavar="ALIAS", help="default canary")
+    promote.add_argument("--alias", default="stable", help="which one is moved (default stable)")
+
     back = _action(actions, "rollback", _rollback, "point an alias where it pointed before its last change")
     back.add_argument("name", metavar="NAME")
     back.add_argument("--alias", default="stable", help="which one (default stable)")
@@ -77,6 +86,11 @@ def add_parser(commands: Any) -> None:
     pin.add_argument("name", metavar="NAME")
     pin.add_argument("version", type=_positive, metavar="VERSION")
     pin.add_argument("--off", action="store_true", help="let it leave again")
+
+    wait = _action(actions, "wait", _wait_ready, "wait until the gateway is ready, and a model on it")
+    wait.add_argument("name", nargs="?", metavar="NAME", help="of a model (default: the gateway alone)")
+    wait.add_argument("version", nargs="?", type=_positive, metavar="VERSION", help="left out: any of its versions")
+    wait.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="at most (default 60)")
 
     running = _action(actions, "deployments", _deployments, "list deployments, youngest first")
     running.add_argument("name", nargs="?", metavar="NAME", help="of one model (default: of all)")
@@ -201,6 +215,8 @@ def run(args: argparse.Namespace) -> int:
     except inferway.APIConnectionError as error:
         hint = "" if error.sent else "; is a gateway running there? --url or INFERWAY_BASE_URL names another"
         return _failed(f"{error}{hint}{_notes(error)}", 1)
+    except inferway.ModelNotFoundError as error:
+        return _failed(f"{error}{_notes(error)}; 'inferway models list' shows what there is", 1)
     except inferway.InferwayError as error:
         return _failed(f"{error}{_notes(error)}", 1)
     except OSError as error:
@@ -250,6 +266,40 @@ def _watch(client: Inferway, args: argparse.Namespace) -> None:
     deployment = client.models.deployment(args.deployment)
     _wait(deployment, args.timeout)
     _say_deployment(deployment, args)
+
+
+def _wait_ready(client: Inferway, args: argparse.Namespace) -> None:
+    """Wait for a gateway, or for a model. What is not there yet may come: the gateway starts, the model is deployed. A
+    version that was unloaded to make room counts as ready, for its next request loads it."""
+    import inferway
+
+    end = time.monotonic() + args.timeout
+    if args.name is None:
+        try:
+            client.health.wait_until_ready(args.timeout)
+        except inferway.APITimeoutError as error:
+            raise _Ended(f"the gateway was not ready within {args.timeout:g} s: {error}", 1) from error
+        _say(args, "The gateway is ready.")
+        return
+    what = args.name if args.version is None else f"{args.name} version {args.version}"
+    while True:
+        try:
+            found = client.models.describe(args.name).versions
+            found = [one for one in found if args.version in (None, one.version)]
+            why = "; ".join(f"version {one.version} is {one.state} {one.reason}".rstrip() for one in found)
+        except (inferway.APIConnectionError, inferway.ModelNotFoundError) as error:
+            found, why = [], str(error)
+        ready = [one for one in found if one.state in ("READY", "UNLOADED")]
+        if ready:
+            break
+        left = end - time.monotonic()
+        if left <= 0:
+            raise _Ended(f"{what} was not ready within {args.timeout:g} s: {why or 'there is no such version'}", 1)
+        time.sleep(min(_LOOK_AGAIN_S, left))
+    if args.json:
+        _print_json(ready)
+    else:
+        print(f"{what} is ready: " + ", ".join(f"version {one.version} is {one.state}" for one in ready) + ".")
 
 
 def _cancel(client: Inferway, args: argparse.Namespace) -> None:
@@ -499,6 +549,36 @@ def _alias_set(client: Inferway, args: argparse.Namespace) -> None:
 def _alias_delete(client: Inferway, args: argparse.Namespace) -> None:
     client.models.delete_alias(args.name, args.alias)
     _say(args, f"{args.name}@{args.alias} is gone.")
+
+
+def _promote(client: Inferway, args: argparse.Namespace) -> None:
+    """Point an alias at one version, unless somebody moves it meanwhile. Whom users stick to, and who answers where it
+    cannot, stays; shares, shadow and guard were for the way there."""
+    aliases = {alias.alias: alias for alias in client.models.aliases(args.name)}
+    version = args.version
+    if version is None:
+        source = aliases.get(args.source)
+        named = [int(number) for number, share in source.weights.items() if share > 0] if source else []
+        if len(named) != 1:
+            found = f"points at {_weights(source.weights)}" if source else "is not there"
+            raise WrongArguments(
+                f"expected an alias '{args.source}' of {args.name} that points at one version, it {found}; "
+                f"name the version: inferway models promote {args.name} VERSION"
+            )
+        version = named[0]
+    now = aliases.get(args.alias)
+    if now is None:
+        alias = client.models.set_alias(args.name, args.alias, version)
+    else:
+        alias = client.models.set_alias(
+            args.name,
+            args.alias,
+            version,
+            sticky=now.sticky,
+            fallback=[other for other in now.fallback if other != version],
+            expected_revision=now.revision,
+        )
+    _say_alias(alias, args)
 
 
 def _rollback(client: Inferway, args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import models
+from inferway_gateway import cli_models
 from inferway_gateway.__main__ import main
 from lifecycle import FakeLifecycle, alias_record, event_record, problem, version_record
 from scripted import Answer, ScriptedServer, as_json
@@ -376,6 +377,86 @@ def test_an_alias_is_rolled_back_and_deleted(said: Any, server: ScriptedServer) 
     ]  # fmt: skip
 
 
+def aliases_of(*records: dict[str, Any]) -> Answer:
+    return as_json({"aliases": list(records)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "body"),
+    [
+        ([], {"version": 4, "sticky": "key", "fallback": [2], "expected_revision": 1}),
+        (["2"], {"version": 2, "sticky": "key", "fallback": [], "expected_revision": 1}),
+        (["--alias", "live"], {"version": 4, "sticky": "none", "fallback": []}),
+        (["--from", "stable", "--alias", "live"], {"version": 3, "sticky": "none", "fallback": []}),
+    ],
+    ids=["canary", "version", "new-alias", "other-source"],
+)
+def test_a_version_is_promoted(said: Any, server: ScriptedServer, arguments: list[str], body: dict[str, Any]) -> None:
+    """Alone, and only where nobody has moved the alias meanwhile."""
+    stable = alias_record("churn", "stable", {"3": 100.0}, sticky="key", fallback=[2], guard=None)
+    canary = alias_record("churn", "canary", {"4": 100.0, "3": 0.0})
+    server.otherwise = lambda seen: (
+        as_json(alias_record("churn", "stable", {"4": 100.0})) if seen.method == "PUT" else aliases_of(stable, canary)
+    )
+    assert said("models", "promote", "churn", *arguments)[:2] == (0, "churn@stable points at version 4.\n")
+    assert server.seen[-1].json == body
+
+
+@pytest.mark.parametrize("weights", [None, {"3": 50.0, "4": 50.0}], ids=["none", "two"])
+def test_what_to_promote_has_to_be_one_version(
+    said: Any, server: ScriptedServer, weights: dict[str, float] | None
+) -> None:
+    server.otherwise = lambda _: aliases_of(*([] if weights is None else [alias_record("churn", "canary", weights)]))
+    status, out, err = said("models", "promote", "churn")
+    assert (status, out) == (2, "")
+    assert "inferway models promote churn VERSION" in err
+    assert [seen.method for seen in server.seen] == ["GET"]
+
+
+def test_a_script_waits_until_a_model_is_ready(
+    said: Any, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_models, "_LOOK_AGAIN_S", 0.01)
+    loading = {**model_record(), "versions": [version_record("churn", 3, state="LOADING")]}
+    answers = iter([problem(404, "model_not_found", "no such model"), as_json(loading)])
+    server.otherwise = lambda _: next(answers, as_json(model_record()))
+    assert said("models", "wait", "churn") == (0, "churn is ready: version 3 is READY.\n", "")
+    assert len(server.seen) == 3
+    assert json.loads(said("models", "wait", "churn", "--json")[1])[0]["version"] == 3
+
+
+def test_a_wait_for_a_model_says_in_the_end_why_it_is_not_ready(
+    said: Any, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_models, "_LOOK_AGAIN_S", 0.01)
+    server.otherwise = lambda _: as_json(model_record())
+    status, _, err = said("models", "wait", "churn", "4", "--timeout", "0.05")
+    assert (status, err) == (
+        1, "inferway: churn version 4 was not ready within 0.05 s: version 4 is FAILED no room\n"
+    )  # fmt: skip
+    assert "there is no such version" in said("models", "wait", "churn", "9", "--timeout", "0.05")[2]
+    server.otherwise = lambda _: problem(404, "model_not_found", "no such model")
+    assert "no such model" in said("models", "wait", "churn", "--timeout", "0.05")[2]
+
+
+def test_a_script_waits_until_the_gateway_is_ready(said: Any, server: ScriptedServer) -> None:
+    starting = iter([as_json({"live": True, "ready": False}, status=503)])
+    server.otherwise = lambda _: next(starting, as_json({"live": True, "ready": True}))
+    assert said("models", "wait") == (0, "The gateway is ready.\n", "")
+    assert len(server.seen) == 2
+    server.otherwise = lambda _: as_json({"live": True, "ready": False}, status=503)
+    status, _, err = said("models", "wait", "--timeout", "0.1")
+    assert status == 1
+    assert "the gateway was not ready within 0.1 s" in err
+
+
+def test_a_model_that_is_not_there_is_told_where_to_look(said: Any, server: ScriptedServer) -> None:
+    server.otherwise = lambda _: problem(404, "model_not_found", "no such model")
+    status, _, err = said("models", "show", "chrun")
+    assert status == 1
+    assert err.endswith("'inferway models list' shows what there is\n")
+
+
 def test_a_version_is_pinned_and_let_go(said: Any, server: ScriptedServer) -> None:
     server.otherwise = lambda seen: as_json(version_record("churn", 3, **seen.json))
     assert said("models", "pin", "churn", "3")[1] == "churn version 3 stays in memory.\n"
@@ -459,6 +540,7 @@ class Absent:
         if name.split(".")[0] in {OPERATORS!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
+from inferway_gateway import cli_models
 from inferway_gateway.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
