@@ -312,6 +312,8 @@ class ChatRelay:
         """The error for one that an upstream tells of within a stream."""
         if isinstance(said, dict) and said.get("type") == "invalid_request_error":
             return self.refusal(said)
+        if isinstance(said, dict) and said.get("code") == DeadlineExceededError.code:
+            return DeadlineExceededError(f"upstream '{self._remote.upstream}' did not finish in time")
         return self._broke("told of an error of its own")
 
     def _clean(self, text: str) -> str:
