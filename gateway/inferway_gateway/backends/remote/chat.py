@@ -354,6 +354,7 @@ class _ChunkReader:
         self._open: set[int] = set()
         self._finished: set[int] = set()
         self._counted: tuple[Usage, dict[str, Any]] | None = None
+        self._failure: CallError | None = None
         self.pieces: list[RelayPiece] = []
         self.over = False
         self.error: GatewayError | None = None
@@ -368,24 +369,37 @@ class _ChunkReader:
             CallError: what came is not what the protocol has, or it ended too early.
         """
         while not self.pieces and not self.over and self.error is None:
+            if self._failure is not None:
+                raise self._failure
             part = await anext(self._body, None)
-            if part is None:
-                if self._open or not self._finished:
-                    raise CallError("broken", "broke off before its answer was complete", retryable=True, broken=True)
-                self._end()
-                return
-            self._left -= len(part)
-            if self._left < 0:
-                limit = self._relay._pool.spec.max_response_bytes
-                raise CallError("failed", f"answered with more than {limit} bytes", retryable=False)
             try:
-                events = self._events.feed(part)
-            except EventTooLongError:
-                raise CallError("failed", "sent an event that is too long", retryable=False) from None
-            for event in events:
-                if self.over or self.error is not None:
-                    break
-                self._take(event)
+                if part is None:
+                    self._end_early()
+                else:
+                    self._take_part(part)
+            except CallError as error:
+                # What was good before it is told first, however the bytes were cut on their way.
+                self._failure = error
+
+    def _take_part(self, part: bytes) -> None:
+        self._left -= len(part)
+        if self._left < 0:
+            limit = self._relay._pool.spec.max_response_bytes
+            raise CallError("failed", f"answered with more than {limit} bytes", retryable=False)
+        try:
+            events = self._events.feed(part)
+        except EventTooLongError:
+            raise CallError("failed", "sent an event that is too long", retryable=False) from None
+        for event in events:
+            if self.over or self.error is not None:
+                break
+            self._take(event)
+
+    def _end_early(self) -> None:
+        """The response ended without a word that it would: fine where the answer is complete."""
+        if self._open or not self._finished:
+            raise CallError("broken", "broke off before its answer was complete", retryable=True, broken=True)
+        self._end()
 
     async def read_to_end(self) -> None:
         """Read what follows the answer, which is to be nothing, so that the connection can be used again."""
