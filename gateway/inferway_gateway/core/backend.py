@@ -153,12 +153,24 @@ class IsolatedSession(Session, Protocol):
         """Inputs, or outputs, of more bytes than that take too long to copy for an event loop."""
         ...
 
+    @property
+    def quick_max_elements(self) -> int:
+        """A run whose inputs have at most that many elements was measured, where it happens, to be as short as one that
+        a session of this process may run on the event loop; 0 where none is."""
+        ...
+
     def refusal(self) -> GatewayError | None:
         """What to answer instead of running, where the session is to be left alone for a while."""
         ...
 
-    def begin(self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle, done: Done) -> bool:
-        """Begin a run on the event loop; ``done`` is called there when it is over. False: it cannot begin now."""
+    def begin(
+        self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle, done: Done, *, wait: bool = False
+    ) -> bool:
+        """Begin a run on the event loop; ``done`` is called there when it is over. False: it cannot begin now.
+
+        Args:
+            wait: stay for the answer for up to a millisecond, without using the processor, before the loop goes on.
+        """
         ...
 
     def convict(self) -> None:

@@ -65,6 +65,14 @@ CLOSE_LIMIT_S: Final = 30.0
 RETRY_AFTER_BOUNDS_S: Final = (0.05, 30.0)
 
 
+WAITED_SLOW_S: Final = 2.5e-4
+"""A run in another process that the event loop waits for is not to take longer; waking a process that sleeps and being
+woken by it takes 50 µs, and more where others want the processor."""
+WAITED_SHARE: Final = 0.2
+"""Of the time, that the loop may wait beyond that. A process may say that its runs are short and let them be long."""
+WAITED_BURST_S: Final = 0.02
+CROWD: Final = 32
+"""So many requests in a row have to come while no other is there before the loop waits for their runs again."""
 COMPANY_COST: Final = 1.25
 """A lone row is given a copy of itself, for bits that no company changes, where two rows cost at most so many times
 one: for small models, not for those that compute, whose single requests would take up to twice as long for a difference
@@ -100,6 +108,8 @@ class InferenceRequest:
     depth: int = field(default=0, kw_only=True)
     allowance: Allowance | None = field(default=None, kw_only=True)
     asker: Asker | None = field(default=None, kw_only=True)
+    begun: _Waiter | None = field(default=None, kw_only=True)
+    """Set by ``Batcher.run_inline`` where its run was begun and lasts; for ``Batcher.infer`` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +258,14 @@ class Batcher:
         self._draining = False
         self._quiet: asyncio.Event = asyncio.Event()
 
+        # Whoever comes is taken for alone only where it is cheap to be wrong: lengths that are filled up need a layout.
+        quick = self._isolated is not None and not self._layout.pads
+        self._quick_elements = self._isolated.quick_max_elements if self._isolated is not None and quick else 0
+        self._crowd = 0
+        self._wait_debt_s = 0.0
+        self._wait_debt_at = 0.0
+        self._waited = False
+        """In this turn of the loop it waited for a run."""
         self._inline_elements = profile.inline_max_elements
         self._inline_trusted = config.session.inline is True
         self._inline_strikes = 0
@@ -263,7 +281,7 @@ class Batcher:
     @property
     def inline(self) -> bool:
         """Whether ``run_inline`` may answer at all."""
-        return self._inline_elements > 0
+        return self._inline_elements > 0 or (self._quick_elements > 0 and not self._crowd)
 
     @property
     def in_flight(self) -> int:
@@ -277,10 +295,13 @@ class Batcher:
 
         Returns:
             The answer, or None where the request must be awaited through ``infer``: its run may be long, others wait
-            before it, it has no rows or too many, its deadline has passed, or the model drains.
+            before it, it has no rows or too many, its deadline has passed, or the model drains. A run in another
+            process may have been begun and not have ended: ``infer`` then waits for that one.
         Raises:
             ModelExecutionError: the model failed.
         """
+        if self._quick_elements:
+            return self._run_waited(request)
         bound = self._inline_elements
         if not bound or self._queue.requests or len(self._jobs) >= self._instances:
             return None
@@ -313,6 +334,109 @@ class Batcher:
             self._strike(run_s)
         return Answer(outputs, 0.0, assemble_s, run_s, 0.0, rows)
 
+    def _run_waited(self, request: InferenceRequest) -> Answer | None:
+        """Have another process run a request that is the only one around, and wait for it on the event loop.
+
+        Coming back to the loop for the answer takes two of its turns, a task and a future, which is more than the run.
+        The processor is free meanwhile. In a crowd that would keep requests from sharing runs, so it is not done there.
+        """
+        session = self._isolated
+        assert session is not None
+        rows = request.rows
+        bound = self._quick_elements
+        for array in request.inputs.values():
+            bound -= array.size
+        if (
+            self._crowd  # ``infer`` sees to that it does not stay so
+            or self._draining
+            or self._suspects
+            or not rows
+            or bound < 0
+            or request.nbytes > session.begin_max_bytes
+            or rows * self._answer_row_bytes > session.begin_max_bytes
+            or (self._max_rows and rows > self._max_rows)
+            or self._has_company()
+            or session.refusal() is not None
+            or (request.deadline is not None and self._clock() >= request.deadline)
+        ):
+            return None
+        started = time.perf_counter()
+        inputs: Arrays = request.inputs
+        padded = rows == 1 and self._pad_lone
+        if padded:
+            inputs = {name: np.concatenate((array, array)) for name, array in inputs.items()}
+        assembled = time.perf_counter()
+        handle = RunHandle()
+        run: BatchRun | None = None
+        early: list[NDArray[Any]] | GatewayError | None = None
+
+        def done(outcome: list[NDArray[Any]] | GatewayError) -> None:
+            nonlocal early
+            if run is None:
+                early = outcome
+                return
+            run.run_s = time.perf_counter() - assembled
+            self._take_apart(run, request.outputs, outcome)
+            run.work_s = run.assemble_s + run.run_s
+            self._runners.ended(run)
+
+        self._waited = True
+        asyncio.get_running_loop().call_soon(self._turned)
+        if not session.begin(inputs, request.outputs, handle, done, wait=True):
+            return None
+        ended = time.perf_counter()
+        paid_s = WAITED_SHARE * (ended - self._wait_debt_at)
+        self._wait_debt_at = ended
+        self._wait_debt_s = max(self._wait_debt_s - paid_s, 0.0) + max(ended - assembled - WAITED_SLOW_S, 0.0)
+        if self._wait_debt_s > WAITED_BURST_S:
+            self._crowd = CROWD
+        outputs = early
+        if isinstance(outputs, list):
+            if self._batched:
+                self._require_rows(outputs, request.outputs, rows + padded)
+            self._answer_row_bytes = sum(array.nbytes for array in outputs) // (rows + padded)
+            if padded:
+                outputs = [array[:1] for array in outputs]
+            self._stats.ran_alone(rows, assembled - started, ended - assembled)
+            return Answer(outputs, 0.0, assembled - started, ended - assembled, 0.0, rows)
+        if isinstance(outputs, GatewayError) and not isinstance(outputs, WorkerCrashedError):
+            raise outputs
+        run = self._went_on(request, handle, rows + padded, assembled - started)
+        if outputs is not None:
+            done(outputs)
+        return None
+
+    def _went_on(self, request: InferenceRequest, handle: RunHandle, stacked_rows: int, assemble_s: float) -> BatchRun:
+        """Keep a run that was waited for in vain, or whose process died, as one that went through the queue is kept."""
+        now = self._clock()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        # Nobody may come for it: a request that cannot be told of its answer has none.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        rows = request.rows
+        deadline = math.inf if request.deadline is None else request.deadline
+        level = self._queue.level(request.priority)
+        waiter = _Waiter(request.outputs, level, deadline, future=future, rows=rows, counted_rows=rows)
+        key, lengths, elements = self._layout.place(request.inputs, rows)
+        part = Part(waiter, request.inputs, rows, request.nbytes, 0, key, lengths, elements, now, deadline, level)
+        waiter.parts.append(part)
+        waiter.begun = True
+        run = BatchRun(self, [part], now + self._run_timeout_s, handle)
+        run.direct = True
+        run.begun, run.rows, run.elements = now, rows, elements
+        run.stacked_rows, run.assemble_s = stacked_rows, assemble_s
+        with self._lock:
+            self._jobs.add(run)
+            self._runners.adopt(run)
+        self._waiters.add(waiter)
+        if self._preserve_order:
+            self._unsent.setdefault(level, deque()).append(waiter)
+        if deadline < math.inf:
+            self._watch(deadline, waiter)
+        self._arm(now)
+        self._gauge()
+        request.begun = waiter
+        return run
+
     async def infer(self, request: InferenceRequest) -> Answer:
         """Queue, batch, run and split.
 
@@ -324,6 +448,8 @@ class Batcher:
             ModelExecutionError: the model failed on this very request.
             ShuttingDownError: the model drains.
         """
+        if request.begun is not None:
+            return await self._answer_of(request.begun)
         if self._draining:
             raise ShuttingDownError("the model version is being taken out of service")
         if self._isolated is not None and (refused := self._isolated.refusal()) is not None:
@@ -338,14 +464,19 @@ class Batcher:
             request = known
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         waiter = self._admit(request, rows, future)
-        try:
-            answer = await future
-        except asyncio.CancelledError:
-            self._abandon(waiter)
-            raise
+        answer = await self._answer_of(waiter)
         if rows != request.rows:
             answer.outputs = [array[:0] for array in answer.outputs]
         return answer
+
+    async def _answer_of(self, waiter: _Waiter) -> Answer:
+        future = waiter.future
+        assert future is not None
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._abandon(waiter)
+            raise
 
     async def drain(self, timeout_s: float) -> int:
         """Take no new work, and wait for what there is.
@@ -424,6 +555,8 @@ class Batcher:
                 part = Part(waiter, inputs, end - start, share, start, key, lengths, elements, now, expires)
                 waiter.parts.append(part)
             waiter.open = len(ranges)
+            if self._quick_elements:
+                self._has_company()
             gather = queue.worth_waiting() and not self._runners.saturated
             queue.push(waiter)
             self._runners.offer(self, later=gather)
@@ -442,6 +575,20 @@ class Batcher:
             self._arm(now)
         self._runners.launch()
         return waiter
+
+    def _has_company(self) -> bool:
+        """Whether the request that comes now is not the only one, or those before it were not.
+
+        One that comes in the turn of the loop in which another was waited for came together with it.
+        """
+        if self._waiters or self._waited or self._runners.busy:
+            self._crowd = CROWD
+        elif self._crowd:
+            self._crowd -= 1
+        return self._crowd > 0
+
+    def _turned(self) -> None:
+        self._waited = False
 
     def _gathered(self) -> None:
         self._gathering = False

@@ -140,6 +140,7 @@ class Layout:
         self._fill = {name: _fill(fills.get(name, 0.0), inputs[name].datatype) for name in self._padded}
         self.max_waste = min((p.max_waste for p in self._paddings if not p.buckets), default=1.0)
         self.free = any(not p.buckets for p in self._paddings)
+        self.pads = bool(self._paddings)
         self.variable = any(s.optional or -1 in s.shape[1:] for s in signature.inputs) or not signature.batched
         self._elements: dict[tuple[Key, Lengths], int] = {}
         self._place: tuple[Key, Lengths, int] = ((), (), sum(math.prod(s.shape[1:]) for s in signature.inputs))

@@ -161,6 +161,15 @@ class RunnerPool:
         """Whether no thread is free, so that offering work now would start nothing. Lock held."""
         return len(self._running) >= self.threads
 
+    @property
+    def busy(self) -> bool:
+        """Whether any run goes on. Lock held."""
+        return bool(self._running)
+
+    def adopt(self, job: Job) -> None:
+        """Count a run that the event loop began by itself; ``ended`` is to be called when it is over. Lock held."""
+        self._running[job] = self.clock()
+
     def offer(self, source: Source, *, later: bool = False) -> None:
         """``source`` may have a job. Begins what can begin, unless ``later``. On the event loop, lock held.
 

@@ -50,6 +50,8 @@ _MODEL_VERSION: Final = b"inferway-model-version"
 _HURRIED_LOAD_S: Final = 2.0
 """How long a request waits for a version to be loaded, where its alias has fallbacks; the load goes on without it."""
 _ROUTE: Final = "inferway.route"
+_BEGUN: Final = "inferway.begun"
+"""A request whose run goes on already, with the version that runs it."""
 """Where the scope keeps which of an alias' targets a request got, from the short way to the long one."""
 
 
@@ -100,7 +102,8 @@ def infer_now(
     Without coroutines, which half of the requests' own steps were. What is out of the ordinary takes the other way.
 
     Returns:
-        Headers and body of the answer; None where ``infer`` has to be asked. Then nothing has been done.
+        Headers and body of the answer; None where ``infer`` has to be asked. Then nothing has been done, or a run was
+        begun whose answer ``infer`` waits for.
     Raises:
         GatewayError: nothing is counted yet, ``infer`` would raise the same.
     """
@@ -133,6 +136,8 @@ def infer_now(
     parsed = perf_counter()
     answer = batcher.run_inline(request)
     if answer is None:
+        if request.begun is not None:
+            scope[_BEGUN] = request, served
         return None
     ran = perf_counter()
     parts, json_length = codec.encode(request, answer.outputs)
@@ -273,7 +278,10 @@ async def _infer(
     if codec is None or codec.signature is not served.batcher.signature:  # a remote model may become another one
         codec = served.wire = SignatureCodec(served.name, str(served.version), served.batcher.signature)
     request: DecodedRequest
-    if codec.decodes_long(len(body), header_length):
+    begun = scope.pop(_BEGUN, None)
+    if begun is not None and begun[1] is served:
+        request = begun[0]
+    elif codec.decodes_long(len(body), header_length):
         request = await asyncio.to_thread(codec.decode, body, header_length, settings.json_limit_bytes)
     else:
         request = codec.decode(body, header_length, settings.json_limit_bytes)
@@ -288,7 +296,7 @@ async def _infer(
     parsed = perf_counter()
     batcher = served.batcher
     try:
-        answer = batcher.run_inline(request)
+        answer = None if request.begun is not None else batcher.run_inline(request)
         if answer is None:
             request.origin = origin_of(scope, headers)
             request.asker = Asker(scope["principal"].key_id, headers)
@@ -341,9 +349,11 @@ async def _infer(
 
 
 def origin_of(scope: Scope, headers: Fields) -> tuple[tuple[str, str], ...]:
-    """What a server elsewhere may know of the request: which it is, and how often it came; nothing of who sends it."""
-    attempt = headers.get(b"inferway-attempt", b"")
-    known = (("X-Request-Id", scope["request_id"].decode()),)
+    """What a server elsewhere may know of the request: which it is, how often it came, and through how many gateways;
+    nothing of who sends it."""
+    attempt, hops = headers.get(b"inferway-attempt", b""), headers.get(b"inferway-hops", b"")
+    came = int(hops) if hops.isdigit() and len(hops) <= 2 else 0
+    known = (("X-Request-Id", scope["request_id"].decode()), ("Inferway-Hops", str(came + 1)))
     return (*known, ("Inferway-Attempt", attempt.decode())) if attempt.isdigit() and len(attempt) <= 4 else known
 
 

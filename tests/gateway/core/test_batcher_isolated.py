@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from batching_fakes import RISING, RowModel, profile, request, rows_of
 from inferway_gateway.core.backend import Done, IsolatedSession, RunHandle
-from inferway_gateway.core.batcher import Answer, Batcher
+from inferway_gateway.core.batcher import CROWD, Answer, Batcher
 from inferway_gateway.core.errors import GatewayError, ModelExecutionError, ModelFailingError, WorkerCrashedError
 from inferway_gateway.core.model_config import BatchPolicy, ModelConfig
 from inferway_gateway.core.runners import RunnerPool
@@ -32,9 +32,14 @@ class Mortal(RowModel):
     lanes: int = 2
     capacity: int = 2
     begin_max_bytes: int = 1 << 16
+    quick_max_elements: int = 0
     refused: GatewayError | None = None
     convicted: int = 0
     begun: int = 0
+    waited: int = 0
+    """Runs that the loop waited for."""
+    slow: bool = False
+    """Such runs are not over when they have been waited for."""
     lives: int = 0
     """How often a process ended."""
     watcher: Callable[[], None] | None = None
@@ -58,7 +63,9 @@ class Mortal(RowModel):
             raise WorkerCrashedError("it died beside another")
         return found
 
-    def begin(self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle, done: Done) -> bool:
+    def begin(
+        self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle, done: Done, *, wait: bool = False
+    ) -> bool:
         if not self.capacity:
             return False
         self.begun += 1
@@ -70,7 +77,11 @@ class Mortal(RowModel):
             except GatewayError as error:
                 done(error)
 
-        asyncio.get_running_loop().call_soon(later)
+        self.waited += wait
+        if wait and not self.slow:
+            later()
+        else:
+            asyncio.get_running_loop().call_soon(later)
         return True
 
 
@@ -176,3 +187,141 @@ async def test_large_requests_leave_the_loop_to_others() -> None:
         assert await batcher.close()
     assert len(answer.outputs[0]) == 4
     assert not session.begun
+
+
+def ask_at_once(batcher: Batcher, value: float) -> Answer | None:
+    return batcher.run_inline(request(rows_of(value)))
+
+
+async def alone_again(batcher: Batcher) -> None:
+    """Have the batcher see so many requests one after the other that it takes the next for alone."""
+    for _ in range(CROWD):
+        await asyncio.sleep(0)  # a turn of the loop
+        await batcher.infer(request(rows_of(0.0)))
+    await asyncio.sleep(0)
+
+
+async def test_the_loop_waits_for_a_short_run_of_the_only_request() -> None:
+    session = mortal(quick_max_elements=12)
+    async with RunnerPool(2) as pool:
+        batcher = batcher_over(session, pool)
+        assert batcher.inline
+        for value in (1.0, 2.0):
+            answer = ask_at_once(batcher, value)
+            assert answer is not None
+            assert np.array_equal(answer.outputs[0], rows_of(value) * 2 + 1)
+            await asyncio.sleep(0)
+        assert batcher.run_inline(request(rows_of(1.0, rows=5))) is None, "more elements than are quick"
+        assert batcher.in_flight == 0
+        assert await batcher.close()
+    assert session.waited == session.begun == 2
+
+
+async def test_requests_that_come_together_are_not_waited_for_until_they_come_apart_again() -> None:
+    session = mortal(quick_max_elements=12)
+    async with RunnerPool(2) as pool:
+        batcher = batcher_over(session, pool)
+        assert ask_at_once(batcher, 1.0) is not None
+        assert ask_at_once(batcher, 2.0) is None, "in the same turn of the loop as the one before"
+        assert not batcher.inline
+        found = await all_of(batcher, [float(value) for value in range(8)])
+        assert all(isinstance(answer, Answer) for answer in found)
+        assert session.waited == 1
+        await alone_again(batcher)
+        assert batcher.inline
+        assert ask_at_once(batcher, 3.0) is not None
+        assert await batcher.close()
+    assert session.waited == 2
+    assert max(run.rows for run in session.runs) > 1, "what came together ran together"
+
+
+async def test_a_run_that_is_not_over_in_time_is_answered_by_the_same_run() -> None:
+    session = mortal(quick_max_elements=12, slow=True)
+    async with RunnerPool(2) as pool:
+        batcher = batcher_over(session, pool)
+        asked = request(rows_of(4.0))
+        assert batcher.run_inline(asked) is None
+        assert batcher.in_flight == 1
+        assert not batcher.inline or ask_at_once(batcher, 1.0) is None, "there is company"
+        answer = await batcher.infer(asked)
+        assert np.array_equal(answer.outputs[0], rows_of(4.0) * 2 + 1)
+        assert batcher.in_flight == 0
+        assert await batcher.close()
+    assert len(session.runs) == 1
+
+
+async def test_who_goes_away_while_such_a_run_goes_on_leaves_nothing_behind() -> None:
+    session = mortal(quick_max_elements=12, slow=True)
+    async with RunnerPool(2) as pool:
+        batcher = batcher_over(session, pool)
+        asked = request(rows_of(4.0))
+        assert batcher.run_inline(asked) is None
+        waiting = asyncio.ensure_future(batcher.infer(asked))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert batcher.in_flight == 0
+        assert await batcher.close()
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["at once", "later"])
+async def test_a_request_that_was_waited_for_and_kills_is_tried_again_alone_and_told(slow: bool) -> None:
+    session = mortal(quick_max_elements=12, slow=slow)
+    async with RunnerPool(2) as pool:
+        batcher = batcher_over(session, pool)
+        asked = request(rows_of(DEADLY))
+        assert batcher.run_inline(asked) is None
+        with pytest.raises(WorkerCrashedError, match="twice"):
+            await batcher.infer(asked)
+        await alone_again(batcher)
+        assert await batcher.close()
+    assert session.convicted == 1
+    assert session.lives == 2
+
+
+async def test_what_the_model_refuses_while_it_is_waited_for_is_said_at_once() -> None:
+    session = mortal(quick_max_elements=12)
+    async with RunnerPool(2) as pool:
+        batcher = batcher_over(session, pool)
+        with pytest.raises(ModelExecutionError, match="refused"):
+            ask_at_once(batcher, -1.0)
+        assert batcher.in_flight == 0
+        assert await batcher.close()
+
+
+async def test_a_model_that_drains_or_is_held_back_is_not_waited_for() -> None:
+    session = mortal(quick_max_elements=12)
+    async with RunnerPool(2) as pool:
+        batcher = batcher_over(session, pool)
+        session.refused = ModelFailingError("it is held back", retry_after_s=5.0)
+        assert ask_at_once(batcher, 1.0) is None
+        session.refused = None
+        await batcher.drain(0)
+        assert ask_at_once(batcher, 1.0) is None
+        assert await batcher.close()
+    assert not session.waited
+
+
+async def test_a_process_whose_runs_are_not_as_short_as_it_says_is_not_waited_for_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    session = mortal(quick_max_elements=12)
+    run = session.run
+
+    def slowly(inputs: Arrays, outputs: Sequence[str], handle: RunHandle | None = None) -> list[NDArray[Any]]:
+        nonlocal now
+        now += 0.001
+        return run(inputs, outputs, handle)
+
+    monkeypatch.setattr(session, "run", slowly)
+    monkeypatch.setattr("inferway_gateway.core.batcher.time.perf_counter", lambda: now)
+    async with RunnerPool(2) as pool:
+        batcher = batcher_over(session, pool)
+        asked = 0
+        while batcher.inline and asked < 1000:
+            asked += 1
+            assert ask_at_once(batcher, 1.0) is not None
+            await asyncio.sleep(0)
+        assert asked < 100
+        assert await batcher.close()

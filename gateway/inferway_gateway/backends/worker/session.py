@@ -119,6 +119,7 @@ class WorkerSession:
         self.profile = replace(profile, inline_max_elements=0)
         self.lanes: Final = limits.instances * limits.lanes
         self.begin_max_bytes: Final = limits.begin_max_bytes
+        self.quick_max_elements = profile.inline_max_elements
         self.stats = WorkerStats(layers=layers)
         self._limits = limits
         self._keeper = keeper
@@ -226,7 +227,9 @@ class WorkerSession:
         self._release(place, lane, found)
         return found
 
-    def begin(self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle, done: Done) -> bool:
+    def begin(
+        self, inputs: Arrays, outputs: Sequence[str], handle: RunHandle, done: Done, *, wait: bool = False
+    ) -> bool:
         """Begin a run on the event loop; see ``core.backend.IsolatedSession``."""
         taken = self._acquire(on_loop=True)
         if taken is None:
@@ -237,6 +240,9 @@ class WorkerSession:
             lane.begin(inputs, tuple(outputs), handle, ended)
         except GatewayError as error:
             ended(error)
+        else:
+            if wait:
+                lane.wait()
         return True
 
     def _finished(self, place: _Place, lane: Lane, done: Done, outcome: list[NDArray[Any]] | GatewayError) -> None:

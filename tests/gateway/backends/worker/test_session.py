@@ -599,3 +599,36 @@ def test_loading_may_take_so_long_and_no_longer(tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match=r"^failed to load 'slow' .* longer than the 0\.5 s"):
             workers.open(load_bomb(6000), name="slow")
         assert time.monotonic() - begun < 4.0
+
+
+async def test_the_loop_waits_for_short_runs_in_the_worker_and_gets_room_for_its_answer(workers: Workers) -> None:
+    session = workers.open(models.add_one(16))
+    session.quick_max_elements = 1 << 20
+    async with served(session) as ways:
+        for count in (1, 7, 400):  # the last answer needs more shared memory, which is asked for on the way
+            x = rows(count)
+            request = ways.ask({"x": x})
+            assert ways.batcher.inline
+            answer = ways.batcher.run_inline(request)
+            if answer is None:  # a busy machine kept the worker from it for a millisecond
+                answer = await ways.batcher.infer(request)
+            assert np.array_equal(answer.outputs[0], x + 1)
+            await asyncio.sleep(0)
+        assert ways.batcher.in_flight == 0
+
+
+async def test_a_request_that_is_waited_for_survives_a_worker_that_is_killed_meanwhile(workers: Workers) -> None:
+    session = workers.open(models.add_one(16))
+    session.quick_max_elements = 1 << 20
+    async with served(session) as ways:
+        pid = process_of(session).pid
+        os.kill(pid, signal.SIGSTOP)
+        x = rows(3)
+        request = ways.ask({"x": x})
+        assert ways.batcher.run_inline(request) is None, "a process that is stopped answers nothing"
+        assert ways.batcher.in_flight == 1
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            answer = await ways.batcher.infer(request)
+        assert np.array_equal(answer.outputs[0], x + 1)
+        assert process_of(session).pid != pid
