@@ -13,13 +13,16 @@ BIN := .venv/bin
 WORKERS ?= 2
 # The models that tests open; the others are made by `make models`.
 TEST_MODELS := digits,minilm,minilm-int8,minilm-w8,resnet50,faults,packaged,tiny-llm,smollm2,smollm2-lora
+# What CONTRIBUTING.md says of them.
+FULL_SIZE := INFERWAY_TEST_FULL=1 INFERWAY_TEST_LARGE=1 INFERWAY_FAULTS=all INFERWAY_TEST_MUTANTS=50000 \
+	INFERWAY_TEST_DEPLOYED_MUTANTS=50000 INFERWAY_REQUIRE_SERVICES=1
 SOURCES := sdk gateway openapi examples deploy docs tests *.md
 
-.PHONY: help demo serve test lint unit models bench clean env-demo env-test docs
+.PHONY: help demo serve test test-full lint unit models bench clean env-demo env-test docs
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name about; do \
-		printf '  make %-8s %s\n' "$$name" "$$about"; done
+		printf '  make %-9s %s\n' "$$name" "$$about"; done
 
 demo: env-demo ## See real models answer: sets up, starts a gateway, calls it, stops
 	@$(BIN)/python examples/demo.py
@@ -28,6 +31,9 @@ serve: env-demo ## The same, and leave the gateway running until Ctrl+C
 	@$(BIN)/python examples/demo.py --serve
 
 test: env-test lint unit ## Check everything: linters, types and all tests, with branch coverage
+
+test-full: env-test lint ## The same with every test at its full size, which takes hours
+	@$(FULL_SIZE) $(MAKE) unit
 
 lint: env-test ## Check style and types only
 	@$(BIN)/ruff check --quiet $(SOURCES)

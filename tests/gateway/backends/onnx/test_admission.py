@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 import models
+import mutants
 from crafted_models import CRAFTED, SECRET
 from inferway_gateway.backends.onnx.admission import (
     AdmissionLimits,
@@ -32,6 +33,7 @@ from inferway_gateway.backends.onnx.admission import (
 from inferway_gateway.backends.worker import sandbox
 from inferway_gateway.core.errors import ModelRejectedError
 from models import F32, add_one, external_data, model, node, value
+from mutants import DOOMED, HOW
 
 MIB = 1 << 20
 
@@ -320,80 +322,6 @@ def test_the_size_of_an_onnx_file_has_a_bound(folder: Path) -> None:
 # ---- mutants
 
 
-_DOOMED = (
-    "truncate",
-    "unknown domain",
-    "unknown type",
-    "shape",
-    "data",
-    "no outputs",
-    "outside",
-    "version",
-    "dangling",
-)
-"""Mutations after which no model can be right, so that none of them may become ready."""
-
-
-def mutant(whole: bytes, how: str, chance: random.Random) -> bytes:
-    """A model changed in one place, mostly where its structure is."""
-    if how == "truncate":
-        return whole[: chance.randrange(len(whole) - 1)]
-    if how == "bytes":
-        changed = bytearray(whole)
-        for _ in range(chance.randrange(1, 8)):
-            changed[chance.randrange(len(changed))] = chance.randrange(256)
-        return bytes(changed)
-    if how == "insert":
-        at = chance.randrange(len(whole))
-        return whole[:at] + chance.randbytes(chance.randrange(1, 16)) + whole[at:]
-    proto = onnx.load_model_from_string(whole)
-    graph = proto.graph
-    one = chance.choice(graph.node)
-    if how == "unknown domain":
-        one.domain = "marker.example"
-        proto.opset_import.add(domain="marker.example", version=1)
-    elif how == "version":
-        proto.opset_import[0].version = chance.choice([0, -1, 1 << 40, 999])
-    elif how == "no outputs":
-        del graph.output[:]
-    elif how == "dangling":
-        one.input[0] = "nowhere"
-    elif how in ("unknown type", "shape", "data", "outside"):
-        tensor = graph.initializer.add(name="planted", data_type=F32, dims=[4], raw_data=bytes(16))
-        if how == "unknown type":
-            tensor.data_type = chance.randrange(40, 1000)
-        elif how == "shape":
-            tensor.dims[:] = chance.choice([[5], [-4], [1 << 62, 1 << 62], [4, 4], [1 << 40]])
-        elif how == "data":
-            tensor.raw_data = bytes(chance.choice([0, 1, 15, 17, 64]))
-        else:
-            tensor.ClearField("raw_data")
-            tensor.data_location = TensorProto.EXTERNAL
-            tensor.external_data.add(key="location", value=chance.choice(["../x", "/etc/passwd", "model.onnx", "none"]))
-    elif how == "operator":
-        one.op_type = chance.choice(["Add", "MatMul", "Reshape", "Loop", "Scan", "ConstantOfShape", "Expand", "Resize"])
-    elif how == "dimension":
-        shape = chance.choice([*graph.input, *graph.output]).type.tensor_type.shape
-        for dim in shape.dim:
-            dim.dim_value = chance.choice([-1, 0, 1, 1 << 31, 1 << 62])
-    elif how == "element type":
-        chance.choice([*graph.input, *graph.output]).type.tensor_type.elem_type = chance.randrange(30)
-    elif how == "attribute":
-        one.attribute.append(
-            helper.make_attribute(chance.choice(["axis", "perm", "to"]), chance.randrange(-1 << 62, 1 << 62))
-        )
-    elif how == "rewire":
-        names = [name for held in graph.node for name in (*held.input, *held.output)]
-        one.input[chance.randrange(len(one.input))] = chance.choice(names)
-    elif how == "repeat":
-        graph.node.add().CopyFrom(one)
-    else:
-        graph.node.remove(one)
-    return proto.SerializeToString()
-
-
-_HOW = (*_DOOMED, "bytes", "insert", "operator", "dimension", "element type", "attribute", "rewire", "repeat", "remove")
-
 _LOADER = """
 import json, os, signal, sys
 import numpy as np
@@ -455,17 +383,15 @@ os._exit(0)
 def test_no_mutant_hurts_who_looks_at_it_and_no_doomed_one_becomes_ready(tmp_path: Path) -> None:
     """2,000 models, each changed in one place: looked at here, and those that pass loaded and run where it is safe."""
     chance = random.Random(20261123)
-    parents = [
-        models.add_sub("FP32"), models.matmul(8, 4), models.masked_mean(), models.classifier(),
-        models.dynamic_quantised(), models.fails_on_negative(),
-    ]  # fmt: skip
+    parents = mutants.parents()
     passed: list[str] = []
     how: dict[str, str] = {}
     refused = 0
-    for index in range(int(os.environ.get("INFERWAY_TEST_MUTANTS", "2000"))):
+    count = int(os.environ.get("INFERWAY_TEST_MUTANTS", "2000"))
+    for index in range(count):
         name = f"{index}.onnx"
-        how[name] = _HOW[index % len(_HOW)]
-        (tmp_path / name).write_bytes(mutant(chance.choice(parents), how[name], chance))
+        how[name] = HOW[index % len(HOW)]
+        (tmp_path / name).write_bytes(mutants.mutant(chance.choice(parents), how[name], chance))
         try:
             admit(tmp_path / name)
         except ModelRejectedError:
@@ -476,13 +402,13 @@ def test_no_mutant_hurts_who_looks_at_it_and_no_doomed_one_becomes_ready(tmp_pat
         [sys.executable, "-c", _LOADER, tmp_path],
         input=json.dumps(passed).encode(),
         capture_output=True,
-        timeout=300,
+        timeout=300 + count / 10,
         check=True,
     )
     outcome = json.loads(done.stdout)
     assert set(outcome["said"]) == set(passed)
     ready = [name for name, said in outcome["said"].items() if said == "r"]
-    assert [how[name] for name in ready if how[name] in _DOOMED] == []
+    assert [how[name] for name in ready if how[name] in DOOMED] == []
     # Both verdicts have to occur, or the test shows nothing.
     assert refused > len(how) // 4
     assert ready
