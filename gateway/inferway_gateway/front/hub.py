@@ -61,6 +61,10 @@ _SYNC_LIMIT_S: Final = 1.0
 """How long an answer may wait for the fronts to take over what it changed; one that hangs must not hold it for ever."""
 _WATCH_S: Final = 0.05
 """How often aliases are looked at that nobody changed through this process."""
+_PULSE_S: Final = 1.0
+"""How often each front is asked for a sign of life."""
+HUNG_AFTER_S: Final = 10.0
+"""A front that has given none for so long is stopped, or caught in a loop: its callers wait for nothing."""
 _GREETING_LIMIT_S: Final = 5.0
 _UNIX_CREDENTIALS: Final = struct.Struct("3i")
 
@@ -95,6 +99,8 @@ class Hub:
         self.fronts: set[Front] = set()
         self.restarts = 0
         """Fronts that were begun anew after they had ended without being told to."""
+        self.on_hung: Callable[[int], None] = lambda pid: None
+        """Called with the process id of a front that gives no sign of life any more."""
         self._held: _Held | None = None
         self._generations: dict[int, ServedVersion] = {}
         self._numbers = itertools.count(1)
@@ -146,9 +152,22 @@ class Hub:
             await self._arrivals.wait_for(lambda: set(pids()) <= {front.pid for front in self.fronts})
 
     async def _watch(self) -> None:
+        clock = asyncio.get_running_loop().time
+        felt = clock()
         while True:
             await asyncio.sleep(_WATCH_S)
             self._forget_unloaded()
+            now = clock()
+            if now - felt >= _PULSE_S:
+                # Where this process itself stood still, nobody could answer it.
+                held_up_s, felt = now - felt - _PULSE_S, now
+                for front in list(self.fronts):
+                    if front.silent_s(now, held_up_s) > HUNG_AFTER_S:
+                        logger.error("front process %d gives no sign of life for %g s", front.pid, HUNG_AFTER_S)
+                        self.fronts.discard(front)  # nobody waits for it from here on
+                        self.on_hung(front.pid)
+                    else:
+                        front.feel_pulse(next(self._syncs) & 0xFFFFFFFF)
             if self._outdated():
                 await self.synchronise()
 
@@ -288,6 +307,9 @@ class Front(Channel):
         self._syncing: dict[int, asyncio.Future[None]] = {}
         self._open = 0
         self._greeting: asyncio.TimerHandle | None = None
+        self._alive_at = 0.0
+        self._pulse: int | None = None
+        """The question for a sign of life that has no answer yet."""
 
     # --- for the hub -----------------------------------------------------------------------------------------------
 
@@ -298,6 +320,23 @@ class Front(Channel):
         self.write(frame)
         future.add_done_callback(lambda _: self._syncing.pop(number, None))
         return future
+
+    def feel_pulse(self, number: int) -> None:
+        """Ask for a sign of life, unless one that was asked for has not come yet."""
+        if self._pulse is None:
+            self._pulse = number
+            self.write(pack(Kind.SYNC, number, {"aliases": False, "keys": []}))
+
+    def silent_s(self, now: float, held_up_s: float) -> float:
+        """How long nothing was heard of it although it was asked.
+
+        Args:
+            held_up_s: for so long this process could not hear anything lately.
+        """
+        if self._pulse is None:
+            self._alive_at = now
+        self._alive_at += held_up_s
+        return now - self._alive_at
 
     # --- the connection --------------------------------------------------------------------------------------------
 
@@ -326,6 +365,7 @@ class Front(Channel):
             self._hub.held.edge_stats.open -= self._open
 
     def frame(self, kind: int, number: int, meta: dict[str, Any], data: memoryview) -> None:
+        self._pulse = None
         if not self.pid:
             self._greet(kind, meta)
         elif kind == Kind.INFER:

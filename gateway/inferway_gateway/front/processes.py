@@ -77,6 +77,7 @@ class Fronts:
         self._early = asyncio.Event()
         """A front ended before all of them had begun."""
         self._stopping = False
+        hub.on_hung = self._kill
 
     @property
     def pids(self) -> list[int]:
@@ -144,6 +145,12 @@ class Fronts:
         for process in self._processes.values():
             if process.returncode is None:
                 process.send_signal(number)
+
+    def _kill(self, pid: int) -> None:
+        """End a front that does not answer; whoever waits for it hears of that from the kernel."""
+        for process in self._processes.values():
+            if process.pid == pid and process.returncode is None:
+                process.kill()
 
     async def _keep(self, index: int) -> None:
         """Begin a front anew whenever it ends by itself."""

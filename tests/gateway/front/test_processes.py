@@ -337,6 +337,31 @@ def test_a_front_that_dies_is_begun_anew_and_the_others_go_on(gateway: LiveGatew
     assert "inferway_front_restarts_total 1.0" in lines
 
 
+@pytest.mark.slow
+def test_a_front_that_hangs_is_killed_and_replaced_and_holds_nobody_else(gateway: LiveGateway) -> None:
+    before = fronts_of(gateway)
+    with one_connection_to_each(gateway, 3) as connections:
+        hung = before[2]
+        os.kill(hung, signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(3) as callers:
+                answers = [callers.submit(connection.infer) for connection in connections]
+                until(lambda: sum(answer.done() for answer in answers) >= 2)
+                assert [answer.result()[0] for answer in answers if answer.done()] == [200, 200]
+                until(lambda: hung not in fronts_of(gateway), lambda: gateway.log[-5:])
+                # Whoever waited for it hears of its end, and the connections that wait go to its successor.
+                lost = [answer for answer in answers if answer.exception(WAIT_S) is not None]
+                assert len(lost) <= 1
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(hung, signal.SIGCONT)
+    until(lambda: len(fronts_of(gateway)) == 3)
+    with one_connection_to_each(gateway, 3):
+        pass
+    assert any("no sign of life" in line for line in gateway.log)
+    assert any("beginning another" in line for line in gateway.log)
+
+
 def test_a_front_that_is_told_to_end_does_so_and_is_replaced(gateway: LiveGateway) -> None:
     before = fronts_of(gateway)
     os.kill(before[1], signal.SIGTERM)
