@@ -307,6 +307,9 @@ class Catalog(Protocol):
                                 ) -> VersionRecord:  # fmt: skip
         """In one transaction: the version exists, its alias points at it, the deployment has succeeded.
 
+        Where the version was there already, labels and metadata that the deployment has take the place of its own, and
+        it is pinned where the deployment says so; what the deployment does not say stays.
+
         Raises:
             ConflictError: the deployment does not run any more, or its end was asked for.
             VersionNotFoundError: a version that ``alias`` names does not exist.

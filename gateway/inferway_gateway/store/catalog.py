@@ -296,9 +296,12 @@ class SqlCatalog(SqlStore):
                 raise ConflictError("expected a deployment that is to go on, got one whose end was asked for")
             model, version = record.spec.model, record.version
             if record.reused:
+                said = _said_anew(record.spec, _found_version(connection, model, version))
                 measured = _footprint_values(footprint) if footprint is not None else {}
-                if measured:
-                    connection.execute(VERSIONS.update().where(_is_version(model, version)).values(**measured))
+                if measured or said:
+                    connection.execute(VERSIONS.update().where(_is_version(model, version)).values(**measured, **said))
+                if said:
+                    _changed(connection, now, model, version, record.created_by, said)
             else:
                 _insert_version(connection, record, row.isolation, footprint, now)
             change: dict[str, object] = {"state": "succeeded", "step": Step.READY.value, "updated_at": now}
@@ -420,8 +423,7 @@ class SqlCatalog(SqlStore):
             record = _found_version(connection, model, version)
             if change:
                 connection.execute(VERSIONS.update().where(_is_version(model, version)).values(**change))
-                names = ["metadata" if name == "notes" else name for name in sorted(change)]
-                _event(connection, now, "version_changed", model, by, version=version, detail={"changed": names})
+                _changed(connection, now, model, version, by, change)
                 record = _found_version(connection, model, version)
             return record
 
@@ -740,6 +742,25 @@ def _insert_version(
     if spec.files:
         connection.execute(VERSION_FILES.insert(), [key | asdict(file) for file in spec.files])
     connection.execute(RETIRED.delete().where(RETIRED.c.model == spec.model, RETIRED.c.version == record.version))
+
+
+def _said_anew(spec: VersionSpec, there: VersionRecord) -> dict[str, Any]:
+    """What a deployment of content that is there says of it otherwise. What it does not say stays."""
+    said: dict[str, Any] = {}
+    if spec.labels and dict(spec.labels) != dict(there.labels):
+        said["labels"] = dict(spec.labels)
+    if spec.metadata and dict(spec.metadata) != dict(there.metadata):
+        said["notes"] = dict(spec.metadata)
+    if spec.pinned and not there.pinned:
+        said["pinned"] = True
+    return said
+
+
+def _changed(
+    connection: sa.Connection, now: datetime, model: str, version: int, by: str, change: Mapping[str, object]
+) -> None:
+    names = ["metadata" if name == "notes" else name for name in sorted(change)]
+    _event(connection, now, "version_changed", model, by, version=version, detail={"changed": names})
 
 
 def _drop_version(connection: sa.Connection, now: datetime, record: VersionRecord, by: str) -> None:

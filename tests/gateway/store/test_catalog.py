@@ -95,6 +95,31 @@ async def kinds(catalog: Catalog, model: str | None = None) -> list[str]:
     return [event.kind for event in reversed(await catalog.events(model))]
 
 
+class TestTheSameContentAgain:
+    async def test_what_is_said_anew_takes_its_place_and_the_rest_stays(self, catalog: SqlCatalog) -> None:
+        await deploy(catalog, wanted=spec(labels={"team": "a"}, metadata={"accuracy": 0.9}, pinned=True))
+        silent = await deploy(catalog)
+        assert (silent.labels, silent.metadata, silent.pinned) == ({"team": "a"}, {"accuracy": 0.9}, True)
+        assert "version_changed" not in await kinds(catalog)
+        revision = await catalog.revision()
+        anew = await deploy(catalog, wanted=spec(labels={"team": "b", "run": "7"}))
+        assert (anew.version, anew.labels, anew.metadata, anew.pinned) == (
+            1, {"team": "b", "run": "7"}, {"accuracy": 0.9}, True,
+        )  # fmt: skip
+        assert await catalog.version("churn", 1) == anew
+        assert await catalog.revision() > revision, "every gateway takes it in"
+        [changed] = [event for event in await catalog.events() if event.kind == "version_changed"]
+        assert (changed.version, changed.by, changed.detail) == (1, KEY, {"changed": ["labels"]})
+
+    async def test_a_version_can_be_pinned_so_and_given_metadata(self, catalog: SqlCatalog) -> None:
+        await deploy(catalog)
+        anew = await deploy(catalog, wanted=spec(metadata={"accuracy": 0.95}, pinned=True))
+        assert (anew.metadata, anew.pinned) == ({"accuracy": 0.95}, True)
+        assert (await catalog.events())[0].kind in ("version_changed", "deployment_succeeded")
+        [changed] = [event for event in await catalog.events() if event.kind == "version_changed"]
+        assert changed.detail == {"changed": ["metadata", "pinned"]}
+
+
 class TestHistory:
     async def test_what_is_old_is_forgotten_and_what_is_stays(self, catalog: SqlCatalog, clock: Clock) -> None:
         first = await deploy(catalog)
