@@ -4,7 +4,7 @@
     checked    the blobs have the bytes that their digests say
     admitted   the configuration can be read, and the model is one that this gateway takes
     loaded     it is in memory, within the budget, out of everybody's reach
-    warmed     it has run at its largest declared batch, and was measured
+    warmed     it has run at the shapes that it declares, and was measured
     compared   it gives the golden examples' outputs
     ready      in one transaction: the version exists, its alias points at it, the deployment has succeeded
 
@@ -68,7 +68,9 @@ from .execution import Speaker
 from .generation import GenerationRequest
 from .golden import Example, compare, zeros
 from .managed import ManagedVersions
+from .model_config import ModelConfig
 from .served import ServedVersion
+from .tensors import Signature
 
 logger = logging.getLogger("inferway.deployments")
 
@@ -84,6 +86,8 @@ SAME_CONTENT_WAIT_S: Final = 20.0
 """How long a deployment of content that is being deployed already waits to find it there."""
 WARM_LIMIT_BYTES: Final = 256 * 1024 * 1024
 """The largest input of zeros that a version is warmed up with."""
+WARM_RUNS: Final = 32
+"""Runs that a version is warmed up with, at most."""
 INTERRUPTED: Final = "interrupted: the gateway that carried it out has gone; deploy again"
 
 Clock = Callable[[], float]
@@ -701,7 +705,7 @@ def following(step: Step | None) -> Step:
 
 
 async def warm_up(served: ServedVersion) -> None:
-    """Run a version once at its largest declared batch, where its inputs' shapes are known.
+    """Run a version at every shape that it declares, see ``declared``, where its inputs' shapes are known.
 
     Raises:
         WorkerCrashedError, DeadlineExceededError: it cannot run.
@@ -711,16 +715,34 @@ async def warm_up(served: ServedVersion) -> None:
             pass
         return
     signature = served.batcher.signature
-    declared = served.config.max_batch_size or 0
-    rows = max(1, min(declared or 1, signature.max_rows or 1)) if signature.batched else 1
-    inputs = zeros(signature, rows)
-    if inputs is None:
-        return
-    nbytes = sum(array.nbytes for array in inputs.values())
-    if nbytes > WARM_LIMIT_BYTES:
-        return
-    request = InferenceRequest(inputs, signature.output_names, signature.check(inputs), nbytes)
-    # Zeros need not be what a model takes; golden examples are there to tell whether it works.
-    with suppress(ModelExecutionError):
-        if served.batcher.run_inline(request) is None:
-            await served.batcher.infer(request)
+    for rows, lengths in declared(signature, served.config):
+        inputs = zeros(signature, rows, lengths)
+        if inputs is None:
+            continue
+        nbytes = sum(array.nbytes for array in inputs.values())
+        if nbytes > WARM_LIMIT_BYTES:
+            continue
+        request = InferenceRequest(inputs, signature.output_names, signature.check(inputs), nbytes)
+        # Zeros need not be what a model takes; golden examples are there to tell whether it works.
+        with suppress(ModelExecutionError):
+            if served.batcher.run_inline(request) is None:
+                await served.batcher.infer(request)
+
+
+def declared(signature: Signature, config: ModelConfig) -> list[tuple[int, dict[tuple[str, int], int]]]:
+    """The shapes that a version says it will be run at, the largest last: one row, the preferred numbers of rows and
+    the largest batch, each at every length that inputs are padded to.
+
+    Returns:
+        Number of rows, and input and axis to length for the axes that are padded to buckets; ``WARM_RUNS`` at most.
+    """
+    most = max(1, min(config.max_batch_size or 1, signature.max_rows or 1)) if signature.batched else 1
+    rows = sorted({1, most, *(count for count in config.batching.preferred_rows if 1 <= count <= most)})
+    padded = [axis for axis in config.batching.padding if axis.buckets]
+    steps = max((len(axis.buckets) for axis in padded), default=1)
+    lengths = [
+        {place: axis.buckets[min(step, len(axis.buckets) - 1)] for axis in padded for place in axis.inputs.items()}
+        for step in range(steps)
+    ]
+    shapes = [(count, sizes) for sizes in lengths for count in rows]
+    return [*shapes[: WARM_RUNS - 1], shapes[-1]] if len(shapes) > WARM_RUNS else shapes

@@ -119,16 +119,25 @@ def _datatype(value: NDArray[Any]) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == value.dtype), str(value.dtype))
 
 
-def zeros(signature: Signature, rows: int) -> dict[str, NDArray[Any]] | None:
-    """Inputs of nothing but zeros for so many rows; None where an axis other than the batch's is variable."""
+def zeros(
+    signature: Signature, rows: int, lengths: Mapping[tuple[str, int], int] | None = None
+) -> dict[str, NDArray[Any]] | None:
+    """Inputs of nothing but zeros for so many rows; None where an axis other than the batch's is variable.
+
+    Args:
+        lengths: input and axis, batch axis counted, to the length of those that are variable.
+    """
+    known = lengths or {}
     found: dict[str, NDArray[Any]] = {}
     for spec in signature.inputs:
         if spec.optional:
             continue
-        tail = spec.shape[1:] if signature.batched else spec.shape
-        if -1 in tail:
+        shape = tuple(known.get((spec.name, axis), length) if length < 0 else length
+                      for axis, length in enumerate(spec.shape))  # fmt: skip
+        if signature.batched:
+            shape = (rows, *shape[1:])
+        if -1 in shape:
             return None
-        shape = (rows, *tail) if signature.batched else tail
         made = np.zeros(shape, DTYPES[spec.datatype])
         if spec.datatype == "BYTES":
             made.fill("")

@@ -18,7 +18,7 @@ import pytest
 import models
 from inferway_gateway.backends.onnx import OnnxBackend
 from inferway_gateway.core.backend import Artifact
-from inferway_gateway.core.batcher import InferenceRequest
+from inferway_gateway.core.batcher import Answer, InferenceRequest
 from inferway_gateway.core.budget import MemoryBudget
 from inferway_gateway.core.catalog import (
     AliasRecord,
@@ -32,19 +32,23 @@ from inferway_gateway.core.catalog import (
     VersionSpec,
 )
 from inferway_gateway.core.deployments import (
+    WARM_RUNS,
     Deployer,
     FairSlots,
     Follower,
+    declared,
     following,
     is_gone,
     manifest_digest,
     process_id,
     wanted_ahead,
+    warm_up,
 )
 from inferway_gateway.core.errors import (
     ConflictError,
     DigestMismatchError,
     GatewayError,
+    ModelExecutionError,
     ModelNotFoundError,
     ModelRejectedError,
     QuotaExceededError,
@@ -53,9 +57,13 @@ from inferway_gateway.core.errors import (
 )
 from inferway_gateway.core.golden import Example
 from inferway_gateway.core.managed import ManagedVersions
+from inferway_gateway.core.model_config import BatchPolicy, ModelConfig, PaddingAxis
 from inferway_gateway.core.opening import LOAD_RATIO, VersionOpener
 from inferway_gateway.core.registry import Registry
 from inferway_gateway.core.runners import RunnerPool
+from inferway_gateway.core.served import ServedVersion
+from inferway_gateway.core.stats import ModelStats
+from inferway_gateway.core.tensors import Signature, TensorSpec
 from inferway_gateway.store.catalog import SqlCatalog, open_catalog
 
 KEY = "a1B2c3D4e5F6"
@@ -590,3 +598,63 @@ async def test_a_slot_goes_to_the_key_that_holds_the_fewest() -> None:
     await asyncio.gather(*tasks.values(), return_exceptions=True)
     async with slots.slot("c"), slots.slot("c"):
         pass
+
+
+# ---- warming up
+
+TEXT = Signature(
+    (TensorSpec("ids", "INT64", (-1, -1)), TensorSpec("mask", "INT64", (-1, -1))),
+    (TensorSpec("y", "FP32", (-1, 4)),),
+    batched=True,
+    max_rows=16,
+)
+
+
+class Recorder:
+    """An executor that fails the first run and keeps the shapes of all."""
+
+    inline = row_exact = False
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run_inline(self, request: InferenceRequest) -> Answer | None:
+        return None
+
+    async def infer(self, request: InferenceRequest) -> Answer:
+        self.shapes.append(request.inputs["ids"].shape)
+        assert {array.shape for array in request.inputs.values()} == {self.shapes[-1]}
+        if len(self.shapes) == 1:
+            raise ModelExecutionError("zeros are not what it takes")
+        return Answer([], 0, 0, 0, 0, 1)
+
+    async def drain(self, timeout_s: float) -> int:
+        return 0
+
+    async def close(self) -> bool:
+        return True
+
+
+def config_of(*buckets: int, preferred: tuple[int, ...] = (4, 400)) -> ModelConfig:
+    padding = (PaddingAxis({"ids": 1, "mask": 1}, buckets=buckets),) if buckets else ()
+    return ModelConfig(max_batch_size=8, batching=BatchPolicy(preferred_rows=preferred, padding=padding))
+
+
+async def test_a_version_is_warmed_up_at_every_shape_that_it_declares() -> None:
+    executor = Recorder(TEXT)
+    await warm_up(ServedVersion("text", 1, config_of(16, 64), None, executor, ModelStats()))
+    assert executor.shapes == [(1, 16), (4, 16), (8, 16), (1, 64), (4, 64), (8, 64)]
+
+
+async def test_a_version_whose_lengths_nobody_declares_is_not_warmed_up() -> None:
+    executor = Recorder(TEXT)
+    await warm_up(ServedVersion("text", 1, config_of(), None, executor, ModelStats()))
+    assert executor.shapes == []
+
+
+def test_the_shapes_to_warm_up_at_are_bounded_and_the_largest_is_among_them() -> None:
+    many = declared(TEXT, config_of(*range(1, 100)))
+    assert len(many) == WARM_RUNS
+    assert many[-1] == (8, {("ids", 1): 99, ("mask", 1): 99})
+    assert declared(Signature(TEXT.inputs, TEXT.outputs), config_of()) == [(1, {})]

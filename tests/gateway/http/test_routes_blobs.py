@@ -8,6 +8,7 @@ import http.client
 import json
 import random
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -300,9 +301,27 @@ def test_a_full_disk_is_an_answer_and_serving_goes_on(tmp_path: Path) -> None:
         models.write_repository(tmp_path / "models", {"add_one": models.add_one()})
         with run_gateway(tmp_path / "models", state) as gateway:
             key = gateway.make_key("deploy")
+            infer = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 16], "data": [1] * 16}]}
+            served: list[int] = []
+            over = threading.Event()
+
+            def ask() -> None:
+                while not over.is_set():
+                    served.append(gateway.call("POST", "/v2/models/add_one/infer", infer)[0])
+
+            asking = threading.Thread(target=ask)
+            asking.start()
             content, digest = fresh(20, 20 * 1024 * 1024)
-            status, answer = put(gateway, digest, content, key)
-            assert (status, answer["code"]) == (507, "insufficient_storage")
+            try:
+                for _ in range(3):
+                    status, answer = put(gateway, digest, content, key)
+                    assert (status, answer["code"]) == (507, "insufficient_storage")
+                    assert "remove versions that are not needed" in answer["detail"]
+            finally:
+                over.set()
+                asking.join()
+            assert len(served) > 3
+            assert set(served) == {200}, "nobody notices while the disk is full"
             with raw(gateway, digest, key, "Transfer-Encoding: chunked") as client:
                 for start in range(0, len(content), 65_536):
                     client.send(b"10000\r\n" + content[start : start + 65_536] + b"\r\n")
@@ -310,7 +329,6 @@ def test_a_full_disk_is_an_answer_and_serving_goes_on(tmp_path: Path) -> None:
                 answered = client.read()
                 assert (answered.status, answered.json["code"]) == (507, "insufficient_storage")
             assert list((state / "uploads").iterdir()) == []
-            infer = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 16], "data": [1] * 16}]}
             assert gateway.call("POST", "/v2/models/add_one/infer", infer)[0] == 200
             small, its_digest = fresh(21, 100_000)
             assert put(gateway, its_digest, small, key)[0] == 201
