@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own, and one database URL per kind of database."""
+"""A PostgreSQL server and an S3 server of our own, and one database URL per kind of database."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -19,6 +23,7 @@ import pytest
 from psycopg import sql
 
 _NAMES = count(1)
+_BUCKETS = count(1)
 
 
 @dataclass
@@ -132,3 +137,50 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/inferway.db"
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.new_schema()
+
+
+@dataclass
+class S3Server:
+    """A real server of S3's protocol, in a process of its own."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 30
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert time.monotonic() < end
+                assert process.poll() is None
+                time.sleep(0.05)
+        yield S3Server(f"http://127.0.0.1:{port}", process)
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty place in the store."""
+    name = f"bucket-{next(_BUCKETS)}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3.url}/{name}", method="PUT"), timeout=10).close()
+    for variable, value in (
+        ("AWS_ACCESS_KEY_ID", "somebody"),
+        ("AWS_SECRET_ACCESS_KEY", "something"),
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", s3.url),
+        ("AWS_ALLOW_HTTP", "true"),
+    ):
+        monkeypatch.setenv(variable, value)
+    return f"s3://{name}/some/prefix"

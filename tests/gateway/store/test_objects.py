@@ -7,17 +7,11 @@ import hashlib
 import os
 import random
 import re
-import signal
-import socket
 import stat
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -40,51 +34,6 @@ CONTENT = random.Random(1).randbytes(20_000_003)
 """Three parts."""
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 BUCKETS = count(1)
-
-
-@dataclass
-class S3Server:
-    url: str
-    process: subprocess.Popen[bytes]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 30
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                assert time.monotonic() < end
-                assert process.poll() is None
-                time.sleep(0.05)
-        yield S3Server(f"http://127.0.0.1:{port}", process)
-    finally:
-        process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture
-def bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty place in the store."""
-    name = f"bucket-{next(BUCKETS)}"
-    urllib.request.urlopen(urllib.request.Request(f"{server.url}/{name}", method="PUT"), timeout=10).close()
-    for variable, value in (
-        ("AWS_ACCESS_KEY_ID", "somebody"),
-        ("AWS_SECRET_ACCESS_KEY", "something"),
-        ("AWS_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", server.url),
-        ("AWS_ALLOW_HTTP", "true"),
-    ):
-        monkeypatch.setenv(variable, value)
-    return f"s3://{name}/some/prefix"
 
 
 class Place:
