@@ -57,7 +57,8 @@ class UpstreamSpec:
         secret: sent as ``secret_header: secret_scheme secret`` to the endpoints and nowhere else.
         models: patterns of the models' names, as the upstream calls them, that versions may use.
         ca_file: certificates that the endpoints' are checked against; None takes the system's.
-        timeout_s: for one attempt, from sending to the whole answer. A caller's deadline that is nearer counts instead.
+        timeout_s: for one attempt, from sending to the whole answer; of one that is streamed, to its first piece, and
+            from each piece to the next. A caller's deadline that is nearer counts instead.
         connect_timeout_s: for making a connection.
         pool_size: connections open at once, to all endpoints together.
         attempts: the most that are made for one request, the first included.
@@ -113,7 +114,8 @@ class RemoteSpec:
         version: the upstream's version; None leaves it to the upstream.
         batched: axis 0 of every tensor counts rows; None derives it as for a graph.
         dimensions: length of an embedding where it is known.
-        parameters: sent with each request to an OpenAI-compatible upstream, such as ``temperature``.
+        parameters: sent with each request to an OpenAI-compatible upstream, such as ``temperature``, where the caller
+            does not say them.
     """
 
     upstream: str
