@@ -252,8 +252,22 @@ def pack(model: ModelSource, version: int | None = None) -> Package:
         return _of_proto(model)
     raise ConfigurationError(
         f"expected a path of an .onnx file or of a folder, bytes, an onnx.ModelProto, or what inferway.to_onnx or "
-        f"inferway.package gives, got {type(model).__name__}"
+        f"inferway.package gives, got {type(model).__name__}{_how(model)}"
     )
+
+
+_FRAMEWORKS: Final = frozenset(
+    {"sklearn", "torch", "keras", "tensorflow", "xgboost", "lightgbm", "catboost", "transformers"}
+)
+
+
+def _how(model: object) -> str:
+    """What to do with a model that is still one of its framework; nothing for anything else."""
+    # A class of the user's own, such as a torch.nn.Module, is known by what it is made of.
+    roots = {kind.__module__.partition(".")[0] for kind in type(model).__mro__}
+    if not roots & _FRAMEWORKS:
+        return ""
+    return ": export it first, with inferway.to_onnx(model, a few rows of its inputs)"
 
 
 def _of_bytes(data: bytes) -> Package:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from sklearn.linear_model import LinearRegression
 
 import models
 from inferway import ConfigurationError, _package
@@ -105,6 +106,15 @@ def test_what_is_no_model_is_refused_by_its_name(tmp_path: Path, data: bytes) ->
 def test_what_is_no_model_at_all_is_refused_by_its_type(model: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"got {type(model).__name__}"):
         pack(model)
+
+
+def test_a_model_of_a_framework_says_how_it_becomes_one_of_onnx() -> None:
+    class Forest(LinearRegression):  # type: ignore[misc]  # scikit-learn ships no types
+        """Of the user's own module, by its name."""
+
+    for model in (LinearRegression(), Forest()):
+        with pytest.raises(ConfigurationError, match=r"got \w+: export it first, with inferway\.to_onnx\(model, "):
+            pack(model)
 
 
 def test_a_path_without_anything_is_refused(tmp_path: Path) -> None:
