@@ -187,6 +187,7 @@ def test_headers_have_the_same_names() -> None:
     assert parameter("HeaderLength")["name"] == names.HEADER_LENGTH
     assert parameter("TimeoutMs")["name"] == names.TIMEOUT_MS
     assert parameter("Attempt")["name"] == names.ATTEMPT
+    assert parameter("Hops")["name"] == names.HOPS
     assert parameter("IdempotencyKey")["name"] == names.IDEMPOTENCY_KEY
     assert parameter("RequestId")["name"] == names.REQUEST_ID
     assert parameter("UploadOffset")["name"] == names.UPLOAD_OFFSET

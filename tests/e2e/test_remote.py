@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import deploying
 import inferway
 import models
 from inferway import Inferway, RetryPolicy
@@ -278,6 +279,31 @@ def test_a_deadline_goes_along(endpoints: list[ScriptedServer], tmp_path: Path) 
         (asked,) = [seen for seen in server.seen if seen.method == "POST"]
         assert 0 < int(asked.headers["inferway-timeout-ms"]) <= 1000
         assert asked.headers["x-request-id"]
+
+
+@pytest.mark.slow
+def test_gateways_whose_models_are_each_others_do_not_keep_each_other_busy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    repository = write_repository(tmp_path / "models", {"resident": models.add_one()})
+    one = write_upstream(tmp_path / "one.toml", "up", [f"http://127.0.0.1:{port}"])
+    with run_gateway(repository, tmp_path / "state-1", "--no-auth", "--upstreams", str(one)) as first:
+        two = write_upstream(tmp_path / "two.toml", "up", [first.url])
+        options = ("--no-auth", "--upstreams", str(two), "--port", str(port))
+        with run_gateway(repository, tmp_path / "state-2", *options) as second:
+            deploying.deploy(first, "loop", models.add_one(4))
+            deploying.deploy(second, "loop", {"remote.toml": b'upstream = "up"\nmodel = "loop"\n'})
+            assert deploying.infer(second, "loop", size=4)[:2] == (200, 2.0)
+            deploying.deploy(first, "loop", {"remote.toml": b'upstream = "up"\nmodel = "loop"\n'})
+            status, answer, _ = deploying.infer(first, "loop", size=4)
+            assert status == 502, answer
+            assert answer["code"] == "upstream_failed"
+            made = 0.0
+            for gateway in (first, second):
+                for line in gateway.call("GET", "/metrics")[1].splitlines():
+                    if line.startswith("inferway_upstream_calls_total{") and 'outcome="failed"' in line:
+                        made += float(line.rpartition(" ")[2])
+            assert made == 8, "once through each of eight gateways, and nobody tried again"
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5], ids=["all-fail", "half-fail"])

@@ -45,6 +45,9 @@ RETRY_DELAY_S: Final = 0.025
 HANG_S: Final = 1.0
 """An attempt that had no answer for so long when its caller's time ended tells of the endpoint; a shorter one of the
 caller's haste."""
+MAX_HOPS: Final = 8
+"""Gateways that a request may go through. More is a circle, in which one request would keep all of them busy until its
+time is over."""
 _DOWN_AFTER: Final = 2
 """Failed probes in a row after which an endpoint counts as down."""
 NETWORK_ERRORS: Final = (aiohttp.ClientError, OSError, httpx.TransportError, httpx.InvalidURL)
@@ -243,6 +246,11 @@ class UpstreamPool:
             UpstreamError: none answered.
             DeadlineExceededError: the deadline came first.
         """
+        if _hops(call) > MAX_HOPS:
+            raise UpstreamError(
+                f"the request came through {MAX_HOPS} gateways already: the models of upstream '{self.spec.name}' and "
+                "of this gateway are each other's"
+            )
         rules = _Rules(self, lanes, deadline)
         try:
             try:
@@ -530,6 +538,12 @@ def _made(reply: Reply) -> int:
     """Calls behind one answer: an endpoint that is a gateway itself says how many it made."""
     said = reply.headers.get("inferway-upstream-attempts", "")
     return min(int(said), 100) if said.isascii() and said.isdigit() and len(said) <= 3 and int(said) else 1
+
+
+def _hops(call: Call) -> int:
+    """How many gateways the request will have come through where it is sent."""
+    said = call.headers.get("Inferway-Hops", "")
+    return int(said) if said.isascii() and said.isdigit() and len(said) <= 3 else 0
 
 
 def _seconds(text: str) -> float | None:
