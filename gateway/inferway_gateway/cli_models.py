@@ -139,8 +139,8 @@ def _add_deploy(commands: Any) -> None:
 
 def _add_alias_set(aliases: Any) -> None:
     chosen = _action(aliases, "set", _alias_set, "point an alias at a version, or at several by percents")
-    chosen.add_argument("name", metavar="NAME")
-    chosen.add_argument("alias", metavar="ALIAS")
+    chosen.add_argument("name", metavar="NAME", help="of the model")
+    chosen.add_argument("alias", metavar="ALIAS", help="such as stable, which the bare name means, or canary")
     chosen.add_argument(
         "targets", nargs="+", type=_target, metavar="TARGET", help="a version, such as 3; or shares, such as 3=95 4=5"
     )
