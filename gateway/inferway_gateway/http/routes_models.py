@@ -51,7 +51,7 @@ from ..core.managed import ManagedVersions
 from ..core.registry import Registry
 from ..settings import Settings
 from ..store.blobs import BlobStore
-from ..store.catalog import SqlCatalog
+from ..store.catalog import NO_DEPLOYMENT, SqlCatalog
 from ..store.elsewhere import MAX_PIPELINE_BYTES, PIPELINE_FILE, parse_pipeline
 from ..store.repository import NAME_PATTERN
 from ..store.triton_config import ConfigError
@@ -275,7 +275,7 @@ async def cancel_deployment(request: Request) -> Response:
 async def _found_deployment(request: Request) -> DeploymentRecord:
     record = await _deployer(request).get(request.path_params["deployment_id"])
     if not _principal(request).sees(record.spec.model):
-        raise DeploymentNotFoundError("expected the id of a deployment, there is none of that id")
+        raise DeploymentNotFoundError(NO_DEPLOYMENT)
     return record
 
 

@@ -63,6 +63,9 @@ Sees = Callable[[str], bool]
 
 _T = TypeVar("_T")
 MAX_VERSION: Final = 2_000_000_000
+NO_DEPLOYMENT: Final = (
+    "expected the id of a deployment, there is none of that id; GET /api/v1/deployments lists those that there are"
+)
 _MANY: Final = 500
 """Values in one IN: fewer than any version of SQLite takes."""
 
@@ -441,7 +444,8 @@ class SqlCatalog(SqlStore):
                 if version in _named(alias.spec):
                     raise ConflictError(
                         f"expected a version that no alias names, got one that '{alias.alias}' does; "
-                        "point that at another version first"
+                        "point that alias at another version, or delete the alias, first; deleting the whole model "
+                        "needs neither"
                     )
             running = _running(connection, model, DEPLOYMENTS.c.version == version)
             if running is not None:
@@ -980,7 +984,7 @@ def _named(spec: AliasSpec) -> list[int]:
 def _deployment_row(connection: sa.Connection, deployment_id: str) -> sa.Row[Any]:
     row = connection.execute(sa.select(DEPLOYMENTS).where(DEPLOYMENTS.c.id == deployment_id)).one_or_none()
     if row is None:
-        raise DeploymentNotFoundError("expected the id of a deployment, there is none of that id")
+        raise DeploymentNotFoundError(NO_DEPLOYMENT)
     return row
 
 
