@@ -84,7 +84,7 @@ _PARAM: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]-]{0,63}")
 _ADDRESS: Final = re.compile(
     r"\b[a-z][a-z0-9+.-]*://[^\s'\"<>]+|\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?\b|\[[0-9a-f]*:[0-9a-f:.]+\](?::\d+)?", re.I
 )
-_SECRET: Final = re.compile(r"\b(?:sk|pk|key|ifw|Bearer)[-_ ][\w*.-]{6,}", re.I)
+_SECRET: Final = re.compile(r"\b(?:(?:sk|pk|ifw|hf|gsk|xai)[-_]|Bearer )[\w*.-]{6,}", re.I)
 
 _Put = Callable[[RelayPiece | GatewayError | None], Awaitable[None]]
 

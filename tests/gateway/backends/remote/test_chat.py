@@ -586,3 +586,25 @@ async def test_embeddings_are_no_relay(up: Open, servers: Callable[[int], list[S
         executor = await backend.open("mine", 1, RemoteSpec("up", "m", operation="embeddings"), ModelStats())
         assert executor.relay is None
         await executor.close()
+
+
+async def test_retries_of_chats_keep_to_their_share(up: Open) -> None:
+    made = await up(3, breaker_failures=10_000)
+    for server in made.servers:
+        server.otherwise = lambda seen: refused("busy", 503) if seen.json["stream"] else cut(b"")
+    attempts = 0
+    for index in range(100):
+        with pytest.raises(UpstreamError) as caught:
+            await made.ask(index % 2 == 0)
+        attempts += caught.value.upstream_attempts
+    assert made.calls == attempts
+    assert 100 < made.calls <= 112  # a tenth more, and the one that may be saved up
+
+
+async def test_words_that_only_look_like_secrets_are_told(up: Open) -> None:
+    made = await up()
+    made.servers[0].script = [refused("Unknown key response_formats; the key provided is wrong (sk-proj-12345678)")]
+    with pytest.raises(
+        InvalidParameterError, match=r"Unknown key response_formats; the key provided is wrong \(\*\*\*\)"
+    ):
+        await made.ask()
