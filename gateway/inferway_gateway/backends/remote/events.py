@@ -62,7 +62,7 @@ class EventReader:
                 self._data.append(line)
                 self._size += len(line) + 1
             elif not line:
-                if self._size > 1:
+                if any(self._data):
                     found.append(b"\n".join(self._data))
                 self._data = []
                 self._size = 0
