@@ -613,7 +613,10 @@ class ManagedVersions:
         first, most = _RETRY_S
         found.retry_at = self._clock() + min(first * math.pow(2, min(found.failures, 16)), most)
         found.failures += 1
-        logger.error("%s", reason)
+        # It is tried for as long as it is pinned or asked for, once a minute in the end: less and less is said of that.
+        tries = found.failures
+        often = "" if tries == 1 else f" (try {tries})"
+        logger.log(logging.DEBUG if tries & (tries - 1) else logging.ERROR, "%s%s", reason, often)
         self._set(found, "FAILED", reason)
 
     def _set(self, found: _Version, status: Status, reason: str) -> None:

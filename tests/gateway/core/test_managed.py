@@ -225,6 +225,20 @@ async def test_what_cannot_be_loaded_is_not_tried_at_every_request(tmp_path: Pat
         assert await scene.answer("m") == 1.0
 
 
+async def test_what_cannot_be_loaded_is_told_of_less_and_less(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(tmp_path) as scene:
+        scene.add("m", pinned=True)
+        scene.opener.fails = ModelLoadError("no such operator")
+        for _ in range(20):
+            scene.clock.now += 61
+            await scene.managed.load_ahead([("m", 1)])
+            with pytest.raises(ModelNotReadyError):
+                await scene.registry.acquire("m", 1)
+        told = [entry.getMessage() for entry in caplog.records if entry.levelname == "ERROR"]
+    assert len(scene.opener.opened) == 20
+    assert told == ["no such operator", *(f"no such operator (try {tries})" for tries in (2, 4, 8, 16))]
+
+
 async def test_the_least_recently_used_idle_version_leaves_and_comes_back(tmp_path: Path) -> None:
     async with running(tmp_path, memory_bytes=25) as scene:
         for name in "abc":
