@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -100,3 +101,19 @@ def test_a_gateway_on_an_empty_disk_fetches_what_it_serves(fleet: Fleet) -> None
     folder = next((late.state_dir / "versions" / "weighty").iterdir())
     assert (folder / "model.onnx.data").read_bytes() == weights
     assert (folder / "model.onnx.data").stat().st_nlink == 2, "and has it on its disk once"
+
+
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_what_is_loaded_is_served_while_the_store_hangs(fleet: Fleet, s3: Any) -> None:
+    here = fleet.start("one")
+    deploy(here, "steady", models.add_one(increment=1))
+    deploy(here, "steady", models.add_one(increment=2), alias="canary")
+    s3.process.send_signal(signal.SIGSTOP)
+    try:
+        for _ in range(20):
+            assert infer(here, "steady") == (200, 2.0, "1")
+            assert infer(here, "steady@canary") == (200, 3.0, "2")
+    finally:
+        s3.process.send_signal(signal.SIGCONT)
+    assert deploy(here, "steady", models.add_one(increment=3))["version"] == 3
