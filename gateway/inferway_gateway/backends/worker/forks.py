@@ -21,12 +21,18 @@ _log = logging.getLogger(__name__)
 
 START_LIMIT_S: Final = 30.0
 """Importing numpy and ONNX Runtime takes 0.1 s, or seconds from a cold disk."""
+_ANSWER_LIMIT_S: Final = 10.0
+"""A fork takes milliseconds. A server that does not say in this time that it forked is stopped or stuck."""
 _RESTART_S: Final = (0.0, 0.1, 0.5, 1.0, 5.0)
 _MODULE: Final = "inferway_gateway.backends.worker.forkserver"
 
 
 class ForkError(Exception):
     """No worker could be started."""
+
+
+class WorkerEndedError(ForkError):
+    """The worker that something was asked of is gone."""
 
 
 @dataclass(slots=True)
@@ -57,6 +63,9 @@ class ForkServer:
         self._asked: dict[int, Future[Fork]] = {}
         self._forks: dict[int, Fork] = {}
         self._serial = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers = False
+        """The server that there is has said something."""
         self._closed = threading.Event()
         self._up = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="inferway-forks", daemon=True)
@@ -108,24 +117,42 @@ class ForkServer:
                 del self._asked[number]
                 raise ForkError("the fork server has just ended") from None
         try:
-            return answer.result(START_LIMIT_S)
+            # The first one is waited for while it imports everything.
+            return answer.result(_ANSWER_LIMIT_S if self._answers else START_LIMIT_S)
         except TimeoutError:
+            self._replace()
             raise ForkError("the fork server does not answer") from None
         finally:
             with self._lock:
                 self._asked.pop(number, None)
+
+    def _replace(self) -> None:
+        """End a server that hangs. Its workers end with it, and are started again by whoever has them."""
+        with self._lock:
+            process = self._process
+            if process is not None and process.poll() is None:
+                _log.error("the fork server of the workers does not answer; it is killed")
+                process.kill()
 
     # -- on the thread -------------------------------------------------------------------------------------------------
 
     def _supervise(self) -> None:
         failures = 0
         while not self._closed.is_set():
-            ours, theirs = messages.socket_pair()
+            try:
+                ours, theirs = messages.socket_pair()
+            except OSError as error:
+                _log.error("the fork server of the workers cannot be started: %s", error.strerror)
+                self._closed.wait(_RESTART_S[min(failures, len(_RESTART_S) - 1)])
+                failures = max(failures + 1, 1)
+                continue
             with ours:
                 process = self._start(theirs)
                 if process is not None:
                     with self._lock:
                         self._socket = ours
+                        self._process = process
+                        self._answers = False
                         if self._closed.is_set():
                             ours.shutdown(socket.SHUT_RDWR)
                     self._up.set()
@@ -133,7 +160,7 @@ class ForkServer:
                         failures = 0
                     self._up.clear()
                     with self._lock:
-                        self._socket = None
+                        self._socket = self._process = None
             if process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1.0)
@@ -180,7 +207,7 @@ class ForkServer:
         served = False
         while True:
             try:
-                message, fds = messages.receive(ours)
+                message, fds, _ = messages.receive_some(ours)
             except OSError:
                 return served
             if not message:
@@ -188,15 +215,20 @@ class ForkServer:
             served = True
             kind, number, value = messages.SERVER_MESSAGE.unpack(message)
             with self._lock:
+                self._answers = True
                 answer = self._asked.pop(number, None)
                 ended = self._forks.pop(number, None) if kind == messages.ENDED else None
-                if kind == messages.SPAWNED:
+                if kind == messages.SPAWNED and fds:
                     fork = Fork(value, fds[0])
                     self._forks[number] = fork
             if ended is not None:
                 ended.ended.set_result(value)
             elif kind == messages.FAILED and answer is not None:
                 answer.set_exception(ForkError(f"no process can be started: {os.strerror(value)}"))
+            elif kind == messages.SPAWNED and not fds:
+                # The worker ends with its control socket, which whoever asked for it closes now.
+                if answer is not None:
+                    answer.set_exception(ForkError("the gateway has no file descriptor left"))
             elif kind == messages.SPAWNED and answer is not None:
                 answer.set_result(fork)
             elif kind == messages.SPAWNED:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import os
 import selectors
@@ -62,7 +63,7 @@ class Server:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self._control:
-                    message, fds = messages.receive(self._control)
+                    message, fds, _ = messages.receive_some(self._control)
                     if not message:
                         os._exit(0)  # the gateway is gone, the workers hear of it from the kernel
                     self._spawn(message, fds)
@@ -73,6 +74,9 @@ class Server:
         _, number, _ = messages.SERVER_MESSAGE.unpack_from(message)
         title = messages.clean_text(message[messages.SERVER_MESSAGE.size :])
         parent = os.getpid()
+        if not fds:
+            self._control.send(messages.SERVER_MESSAGE.pack(messages.FAILED, number, errno.EMFILE))
+            return
         try:
             with warnings.catch_warnings():
                 # Later Pythons warn of threads; ONNX Runtime's import starts one, which waits and holds no lock.
@@ -87,7 +91,13 @@ class Server:
             self._become_worker(fds[0], parent, title)
         for fd in fds:
             os.close(fd)
-        pidfd = os.pidfd_open(pid)  # it cannot have been reaped: that is done below, by this thread
+        try:
+            pidfd = os.pidfd_open(pid)  # it cannot have been reaped: that is done below, by this thread
+        except OSError as error:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._control.send(messages.SERVER_MESSAGE.pack(messages.FAILED, number, error.errno or 0))
+            return
         self._children[pidfd] = (number, pid)
         self._selector.register(pidfd, selectors.EVENT_READ)
         messages.send_fds(self._control, messages.SERVER_MESSAGE.pack(messages.SPAWNED, number, pid), [pidfd])

@@ -174,8 +174,18 @@ def receive(sock: socket.socket, size: int = CONTROL_BYTES) -> tuple[bytes, list
     """A message with the descriptors that came with it; ``b""`` where the other side is gone.
 
     Raises:
-        ProtocolError: it does not fit.
+        ProtocolError: it does not fit, or there was no room for its descriptors.
     """
+    message, fds, whole = receive_some(sock, size)
+    if not whole:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError("a message is too long")
+    return message, fds
+
+
+def receive_some(sock: socket.socket, size: int = CONTROL_BYTES) -> tuple[bytes, list[int], bool]:
+    """As ``receive``, and whether that was all: a process that has no descriptor left gets messages without theirs."""
     fds = array.array("i")
     message, ancillary, flags, _ = sock.recvmsg(
         size, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
@@ -183,11 +193,7 @@ def receive(sock: socket.socket, size: int = CONTROL_BYTES) -> tuple[bytes, list
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        for fd in fds:
-            os.close(fd)
-        raise ProtocolError("a message is too long")
-    return message, list(fds)
+    return message, list(fds), not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

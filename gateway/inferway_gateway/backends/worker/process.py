@@ -23,7 +23,7 @@ from ..footprint import MemoryWatch
 from . import messages
 from .arena import Arena
 from .description import REPORT_BYTES, Order, Report, write_order
-from .forks import ForkError, ForkServer
+from .forks import ForkError, ForkServer, WorkerEndedError
 from .lane import Lane
 from .report import read_report
 
@@ -224,7 +224,9 @@ class WorkerProcess:
                 messages.send_fds(self._control, message, [theirs.fileno()])
             except OSError as error:
                 lane.close()
-                raise ForkError("the worker has just ended") from error
+                if isinstance(error, ConnectionError):
+                    raise WorkerEndedError("the worker has just ended") from error
+                raise ForkError(f"the worker cannot be told of a lane: {error.strerror}") from error
             finally:
                 theirs.close()
             self._lanes.append(lane)

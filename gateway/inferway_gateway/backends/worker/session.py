@@ -40,7 +40,7 @@ from ...core.errors import (
 from ...core.stats import WorkerStats
 from ...core.tensors import Arrays, Signature
 from .breaker import WINDOW_S, Breaker
-from .forks import ForkError
+from .forks import ForkError, WorkerEndedError
 from .keeper import Keeper
 from .lane import Lane
 from .process import WorkerProcess
@@ -266,9 +266,11 @@ class WorkerSession:
                 return found, lanes.pop()
         try:
             return found, self._new_lane(process, on_loop=on_loop)
-        except ForkError:
+        except ForkError as error:
             with self._changed:
                 process.users -= 1
+            if isinstance(error, WorkerEndedError):
+                self._lost(process, "")
             return None
 
     def _acquire_waiting(self) -> tuple[_Place, Lane]:

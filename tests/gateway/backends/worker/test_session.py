@@ -632,3 +632,70 @@ async def test_a_request_that_is_waited_for_survives_a_worker_that_is_killed_mea
             answer = await ways.batcher.infer(request)
         assert np.array_equal(answer.outputs[0], x + 1)
         assert process_of(session).pid != pid
+
+
+def test_a_fork_server_that_hangs_is_killed_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_workers(tmp_path) as workers:
+        session = workers.open(models.add_one())
+        pid = process_of(session).pid
+        server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(server, signal.SIGSTOP)
+        monkeypatch.setattr("inferway_gateway.backends.worker.forks._ANSWER_LIMIT_S", 1.0)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not alive(pid))
+        # Nobody could tell that the process is gone: the run finds it out, and waits for the next.
+        assert np.array_equal(session.run({"x": rows(1)}, ["y"])[0], rows(1) + 1)
+
+
+_WITHOUT_DESCRIPTORS = """
+import os, resource, sys
+from pathlib import Path
+import numpy as np
+from inferway_gateway.backends.worker import WorkerBackend
+from inferway_gateway.backends.worker.process import WorkerProcess
+from inferway_gateway.backends.worker.forks import ForkError
+from inferway_gateway.backends.worker import messages
+from inferway_gateway.core.backend import Artifact
+from inferway_gateway.core.errors import ModelLoadError
+with WorkerBackend() as backend:
+    session = backend.open(Artifact("m", 1, Path(sys.argv[1])))
+    x = {"x": np.ones((1, 16), np.float32)}
+    ours, theirs = messages.socket_pair()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        pass
+    try:
+        backend.forks.spawn("inferway worker m/1", theirs)
+    except ForkError as error:
+        print("spawn:", error)
+    try:
+        backend.open(Artifact("m", 2, Path(sys.argv[1])))
+    except ModelLoadError as error:
+        print("open:", error.message)
+    for fd in taken:
+        os.close(fd)
+    ours.close()
+    other = backend.open(Artifact("m", 3, Path(sys.argv[1])))
+    print("again:", other.run(x, ["y"])[0][0, 0], session.run(x, ["y"])[0][0, 0], session.stats.crashes)
+    other.close()
+    session.close()
+"""
+
+
+def test_a_gateway_without_descriptors_starts_no_worker_and_starts_them_again_when_it_has_some(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(models.add_one())
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_DESCRIPTORS, str(file)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "spawn: the gateway has no file descriptor left",
+        "open: failed to load 'm' version 2: Too many open files",
+        "again: 2.0 2.0 0",
+    ]
