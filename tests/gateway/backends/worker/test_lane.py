@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
@@ -200,3 +201,31 @@ def test_messages_are_read_as_they_were_written() -> None:
     assert messages.unpack_done(messages.pack_done(outputs), 2, 4096) == outputs
     with pytest.raises(struct.error):
         messages.unpack_run(b"\0")
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waited for", "told of"])
+@pytest.mark.parametrize("message", [*BAD.values(), b""], ids=[*BAD, "its end"])
+async def test_what_a_worker_may_not_say_to_a_loop_ends_its_run_and_nothing_else(message: bytes, waits: bool) -> None:
+    ours, theirs = messages.socket_pair()
+    lost: list[str] = []
+    lane = Lane(
+        0, Nobody(), ours, SIGNATURE, on_loop=True, stop=lambda lane, run: None, lost=lost.append,
+        answer_limit_bytes=1 << 20,
+    )  # fmt: skip
+    over: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    with theirs:
+        # Said before it is asked anything, as a worker that wants to confuse would.
+        theirs.send(messages.NUMBER_MESSAGE.pack(messages.NEED, 4096))
+        if message:
+            theirs.send(message)
+        else:
+            theirs.shutdown(socket.SHUT_WR)
+        lane.begin(X, ("y",), None, over.set_result)
+        if waits:
+            lane.wait()
+            assert over.done(), "all of it was there"
+        async with asyncio.timeout(20):
+            assert isinstance(await over, WorkerCrashedError)
+        assert len(lost) == 1
+        lane.close()
+        await asyncio.sleep(0)
