@@ -402,6 +402,15 @@ def test_an_openai_compatible_server_gives_embeddings_and_answers(
         embedded = client.infer("embed", {"text": np.array(["a", "bcd"], object)})
         np.testing.assert_array_equal(embedded["embedding"], np.array([[1, 0], [3, 1]], np.float32))
         said = client.infer("chat", {"messages": np.array(["hello"], object)})["answer"]
+        body = {"model": "embed", "input": ["a", "bcd"]}
+        status, _, _ = front.call(
+            "POST", "/v1/embeddings", body, headers={"Inferway-Hops": "3", "X-Request-Id": "from-me"}
+        )
+        assert status == 200
+        texts = [seen for seen in server.seen if seen.path == "/v1/embeddings" and seen.headers["inferway-hops"] == "4"]
+        assert [(seen.headers["x-request-id"], seen.json["input"]) for seen in texts] == [("from-me", ["a", "bcd"])]
+        status, refused, _ = front.call("POST", "/v1/embeddings", body, headers={"Inferway-Hops": "8"})
+        assert (status, refused["error"]["code"]) == (502, "upstream_failed"), refused
     assert json.loads(str(said[0])) == {
         "messages": [{"role": "user", "content": "hello"}], "model": "gpt", "stream": False, "temperature": 0.5,
     }  # fmt: skip

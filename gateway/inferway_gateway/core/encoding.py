@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backend import Artifact
-from .batcher import Batcher, InferenceRequest
+from .batcher import Asker, Batcher, InferenceRequest
 from .batching import pieces
 from .errors import ContextLengthError, DeadlineExceededError, InvalidParameterError, ModelExecutionError
 from .execution import Executor
@@ -166,6 +166,15 @@ class Encoded:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What all runs for one request have in common; as ``InferenceRequest`` has it."""
+
+    deadline: float | None = None
+    origin: tuple[tuple[str, str], ...] = ()
+    asker: Asker | None = None
+
+
 @dataclass(slots=True, eq=False)
 class _Row:
     """One sequence that the model reads."""
@@ -220,7 +229,7 @@ class TextEncoder:
         *,
         dimensions: int | None = None,
         kind: str | None = None,
-        deadline: float | None = None,
+        call: Call = Call(),
         param: Callable[[int], str] = lambda index: f"input[{index}]",
     ) -> Encoded:
         """A vector for each text.
@@ -228,7 +237,7 @@ class TextEncoder:
         Args:
             dimensions: cut vectors to so many numbers.
             kind: of input, such as ``query``: chooses among the model's prompts.
-            deadline: moment on the loop's clock after which nobody wants the answer.
+            call: its deadline is a moment on the loop's clock.
             param: names the field of the request that an input came from.
         Raises:
             InvalidParameterError: the model gives no vectors, or an argument is out of its range.
@@ -241,7 +250,7 @@ class TextEncoder:
         self._check_dimensions(dimensions)
         prompt = self._prompt(kind)
         texts = [prompt + text if prompt and isinstance(text, str) else text for text in inputs]
-        vectors, tokens = await self._embed(texts, deadline, param)
+        vectors, tokens = await self._embed(texts, call, param)
         if dimensions is not None and dimensions < vectors.shape[1]:
             unit = self.spec.normalise or _are_unit(vectors)
             vectors = np.ascontiguousarray(vectors[:, :dimensions])
@@ -254,7 +263,7 @@ class TextEncoder:
         inputs: Sequence[Text],
         *,
         activation: Activation | None = None,
-        deadline: float | None = None,
+        call: Call = Call(),
         param: Callable[[int], str] = lambda index: f"input[{index}]",
     ) -> Encoded:
         """A score for each label, FP32 [n, labels]. Errors as ``embed``."""
@@ -262,8 +271,8 @@ class TextEncoder:
             raise InvalidParameterError(
                 f"expected a model that classifies, this one is for {_USE[self.spec.task]}", "model"
             )
-        rows = await self._rows(inputs, deadline, param)
-        logits, tokens = await self._run(rows, len(inputs), deadline)
+        rows = await self._rows(inputs, call.deadline, param)
+        logits, tokens = await self._run(rows, len(inputs), call)
         return Encoded(activated(logits, activation or self.spec.activation), tokens)
 
     async def rerank(
@@ -271,7 +280,7 @@ class TextEncoder:
         query: str,
         documents: Sequence[str],
         *,
-        deadline: float | None = None,
+        call: Call = Call(),
     ) -> Ranking:
         """How well each document answers the query. Errors as ``embed``."""
         if self.spec.task == "classify":
@@ -279,11 +288,11 @@ class TextEncoder:
         if self.spec.task == "embeddings":
             texts = [self._prompt("query", wanted=False) + query]
             texts += [self._prompt("document", wanted=False) + text for text in documents]
-            vectors, tokens = await self._embed(texts, deadline, _rerank_field)
+            vectors, tokens = await self._embed(texts, call, _rerank_field)
             unit = _normalised(vectors)
             return Ranking(tuple((unit[1:] @ unit[0]).tolist()), tokens, "embedding")
-        rows = await self._pairs(query, documents, deadline)
-        logits, tokens = await self._run(rows, len(documents), deadline)
+        rows = await self._pairs(query, documents, call.deadline)
+        logits, tokens = await self._run(rows, len(documents), call)
         if logits.shape[1] > 1:
             scores = activated(logits, "softmax")[:, -1]
         else:
@@ -318,10 +327,10 @@ class TextEncoder:
         return found or ""
 
     async def _embed(
-        self, texts: Sequence[Text], deadline: float | None, param: Callable[[int], str]
+        self, texts: Sequence[Text], call: Call, param: Callable[[int], str]
     ) -> tuple[Vectors, int]:
-        rows = await self._rows(texts, deadline, param)
-        vectors, tokens = await self._run(rows, len(texts), deadline)
+        rows = await self._rows(texts, call.deadline, param)
+        vectors, tokens = await self._run(rows, len(texts), call)
         return (_normalised(vectors) if self.spec.normalise else vectors), tokens
 
     # -- texts to rows ------------------------------------------------------------------------------------------------
@@ -431,13 +440,13 @@ class TextEncoder:
 
     # -- rows to the model --------------------------------------------------------------------------------------------
 
-    async def _run(self, rows: list[_Row], texts: int, deadline: float | None) -> tuple[Vectors, int]:
+    async def _run(self, rows: list[_Row], texts: int, call: Call) -> tuple[Vectors, int]:
         """Run the rows; several of one text become their mean, weighted."""
         plain = self._tokenizer is None
         tokens = 0 if plain else sum(row.ids.size for row in rows)
         self.stats.tokens += tokens
         if len(rows) == 1:  # as most requests are: nothing to put together
-            (vector,) = await self._run_part(rows, deadline)
+            (vector,) = await self._run_part(rows, call)
             return self._checked(vector[None]), tokens
         order = sorted(rows, key=lambda row: row.ids.size, reverse=True)
         parts: list[list[_Row]] = []
@@ -450,7 +459,7 @@ class TextEncoder:
         results: dict[int, Vectors] = {}
 
         async def run(part: list[_Row]) -> None:
-            for row, vector in zip(part, await self._run_part(part, deadline), strict=True):
+            for row, vector in zip(part, await self._run_part(part, call), strict=True):
                 results[id(row)] = vector
 
         await _limited([partial(run, part) for part in parts], _PARTS_AT_ONCE)
@@ -470,14 +479,16 @@ class TextEncoder:
             raise ModelExecutionError("the model's output has values that are not numbers")
         return values.astype(np.float32, copy=False)
 
-    async def _run_part(self, part: list[_Row], deadline: float | None) -> Sequence[Vectors]:
+    async def _run_part(self, part: list[_Row], call: Call) -> Sequence[Vectors]:
         inputs = self._inputs(part)
         request = InferenceRequest(
             inputs,
             (self.spec.output,),
             len(part) if self._executor.signature.batched else 1,
             sum(array.nbytes for array in inputs.values()),
-            deadline=deadline,
+            deadline=call.deadline,
+            origin=call.origin,
+            asker=call.asker,
         )
         executor = self._executor
         answer = executor.run_inline(request)

@@ -16,7 +16,7 @@ import text_models
 from inferway_gateway.backends.onnx import OnnxBackend
 from inferway_gateway.backends.text import read_package
 from inferway_gateway.core.batcher import Batcher
-from inferway_gateway.core.encoding import Template, TextEncoder, activated, string_encoder, string_spec
+from inferway_gateway.core.encoding import Call, Template, TextEncoder, activated, string_encoder, string_spec
 from inferway_gateway.core.errors import (
     ContextLengthError,
     DeadlineExceededError,
@@ -238,7 +238,7 @@ async def test_texts_of_a_model_that_is_not_batched_run_one_by_one(tmp_path: Pat
 async def test_a_deadline_that_has_passed_ends_the_work(tmp_path: Path) -> None:
     async with encoder(tmp_path, text_models.embedder()) as (some, _):
         with pytest.raises(DeadlineExceededError):
-            await some.embed(TEXTS, deadline=asyncio.get_running_loop().time() - 1)
+            await some.embed(TEXTS, call=Call(asyncio.get_running_loop().time() - 1))
 
 
 async def test_a_caller_that_leaves_does_not_disturb_the_others(tmp_path: Path) -> None:

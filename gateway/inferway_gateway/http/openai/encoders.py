@@ -6,6 +6,7 @@ import asyncio
 import base64
 import math
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
@@ -17,11 +18,13 @@ from starlette.responses import Response
 
 from inferway_contract import models as contract
 
-from ...core.encoding import Encoded, Text, TextEncoder, string_encoder, string_spec
+from ...core.batcher import Asker
+from ...core.encoding import Call, Encoded, Text, TextEncoder, string_encoder, string_spec
 from ...core.errors import InvalidParameterError
 from ...core.generation import Ranking
 from ...core.served import ServedVersion
 from ..callers import while_there
+from ..infer import origin_of
 from ..routing import header_fields
 from .reading import read
 from .targets import answered, check_adapter, copied, granted_s, parse_reference
@@ -39,9 +42,9 @@ async def embeddings(request: Request) -> Response:
     body = await read(request.scope, request.receive, contract.EmbeddingsRequest)
     inputs = _inputs(body.input)
 
-    def work(encoder: TextEncoder, deadline: float | None) -> Coroutine[Any, Any, Encoded]:
+    def work(encoder: TextEncoder, call: Call) -> Coroutine[Any, Any, Encoded]:
         return encoder.embed(
-            inputs, dimensions=body.dimensions, kind=body.input_type, deadline=deadline, param=_name(body.input)
+            inputs, dimensions=body.dimensions, kind=body.input_type, call=call, param=_name(body.input)
         )
 
     span = Span("embeddings", body, header_fields(request.scope))
@@ -67,8 +70,8 @@ async def rerank(request: Request) -> Response:
     body = await read(request.scope, request.receive, contract.RerankRequest)
     documents = [d if isinstance(d, str) else d.text for d in body.documents]
 
-    def work(encoder: TextEncoder, deadline: float | None) -> Coroutine[Any, Any, Ranking]:
-        return encoder.rerank(body.query, documents, deadline=deadline)
+    def work(encoder: TextEncoder, call: Call) -> Coroutine[Any, Any, Ranking]:
+        return encoder.rerank(body.query, documents, call=call)
 
     _, ranking = await _by_encoder(request, body.model, "a ranking", work, (body.query, *documents), started)
     # By falling score, and where two are equal as they came.
@@ -98,10 +101,10 @@ async def classify(request: Request) -> Response:
     inputs = _inputs(body.input)
     labels: tuple[str, ...] = ()
 
-    def work(encoder: TextEncoder, deadline: float | None) -> Coroutine[Any, Any, Encoded]:
+    def work(encoder: TextEncoder, call: Call) -> Coroutine[Any, Any, Encoded]:
         nonlocal labels
         labels = encoder.spec.labels
-        return encoder.classify(inputs, activation=body.activation, deadline=deadline, param=_name(body.input))
+        return encoder.classify(inputs, activation=body.activation, call=call, param=_name(body.input))
 
     _, encoded = await _by_encoder(request, body.model, "classes", work, inputs, started)
 
@@ -120,7 +123,7 @@ async def _by_encoder(
     request: Request,
     model: str,
     what: str,
-    work: Callable[[TextEncoder, float | None], Coroutine[Any, Any, _Result]],
+    work: Callable[[TextEncoder, Call], Coroutine[Any, Any, _Result]],
     texts: Sequence[Text],
     started: float,
 ) -> tuple[ServedVersion, _Result]:
@@ -131,6 +134,8 @@ async def _by_encoder(
     """
     scope = request.scope
     reference = parse_reference(model)
+    fields = header_fields(scope)
+    told = Call(None, origin_of(scope, fields), Asker(scope["principal"].key_id, fields))
 
     def able(served: ServedVersion) -> TextEncoder:
         encoder = encoder_of(served)
@@ -139,14 +144,14 @@ async def _by_encoder(
         return encoder
 
     async def again(served: ServedVersion, deadline: float) -> tuple[Sequence[str], Sequence[NDArray[Any]]]:
-        return ("FP32",), (_numbers(await work(able(served), deadline)),)
+        return ("FP32",), (_numbers(await work(able(served), replace(told, deadline=deadline))),)
 
     async def attempt(served: ServedVersion) -> tuple[ServedVersion, _Result]:
         encoder = able(served)
         check_adapter(reference, ())
         left = granted_s(scope, started)
         deadline = None if left == math.inf else asyncio.get_running_loop().time() + left
-        result = await while_there(scope, request.receive, work(encoder, deadline))
+        result = await while_there(scope, request.receive, work(encoder, replace(told, deadline=deadline)))
         served.stats.finished(perf_counter() - started, None)
         return served, result
 
