@@ -326,9 +326,7 @@ class TextEncoder:
             )
         return found or ""
 
-    async def _embed(
-        self, texts: Sequence[Text], call: Call, param: Callable[[int], str]
-    ) -> tuple[Vectors, int]:
+    async def _embed(self, texts: Sequence[Text], call: Call, param: Callable[[int], str]) -> tuple[Vectors, int]:
         rows = await self._rows(texts, call.deadline, param)
         vectors, tokens = await self._run(rows, len(texts), call)
         return (_normalised(vectors) if self.spec.normalise else vectors), tokens
