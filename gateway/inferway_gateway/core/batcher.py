@@ -254,6 +254,8 @@ class Batcher:
         self._serial = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
+        self._asked_at = -math.inf
+        """When ``take`` was called last."""
         self._gathering = False
         self._draining = False
         self._quiet: asyncio.Event = asyncio.Event()
@@ -736,7 +738,11 @@ class Batcher:
         if self._queue.delayed and self._queue.requests:
             with self._lock:
                 due = self._queue.due(now)
-            if due is not None and due > now:
+                # A timer may fire up to a millisecond early, so that what was asked for it just before is due only now.
+                # What was asked for in vain since then waits for a runner or a process, whose end asks again.
+                if due is not None and due <= now and (self._asked_at >= due or self._runners.offered(self)):
+                    due = None
+            if due is not None:
                 at = min(at, due)
         if at < self._timer_at:
             if self._timer is not None:
@@ -794,6 +800,7 @@ class Batcher:
 
     def take(self, now: float) -> Job | None:
         """The next batch, unless as many runs as there are instances go on. Lock held, any thread."""
+        self._asked_at = now
         running = len(self._jobs)
         if self._isolated is not None:
             if running >= min(self._instances, self._isolated.capacity):

@@ -186,6 +186,10 @@ class RunnerPool:
             if self._begun:
                 self._tell_later()
 
+    def offered(self, source: Source) -> bool:
+        """Whether ``source`` was offered and has not been asked for a job since. Lock held."""
+        return source in self._ready
+
     def _some_slow(self) -> bool:
         return self.clock() - min(self._running.values()) >= self._slow_after_s
 

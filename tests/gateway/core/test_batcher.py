@@ -724,6 +724,40 @@ async def test_making_up_for_slow_runs_has_a_bound() -> None:
 
 
 @on_virtual_time
+async def test_a_request_that_waits_for_company_leaves_though_the_timer_is_early() -> None:
+    """Between two looks at the clock a moment passes: what is not due at the first is due at the second."""
+    async with case() as c:
+        policy = BatchPolicy(max_queue_delay_s=5.0)
+        late = Batcher(
+            c.model,
+            ModelConfig(batching=policy),
+            c.stats,
+            c.runners,
+            run_timeout_s=100.0,
+            clock=lambda: c.runners.clock() + 1e-4,
+        )
+        async with asyncio.timeout(7.0):  # and nobody else comes
+            answer = await c.ask(rows_of(1), batcher=late)
+        assert answer.batch_rows == 1
+        assert answer.queue_s == pytest.approx(5.0, abs=0.01)
+        assert await late.close()
+
+
+@on_virtual_time
+async def test_what_is_due_and_has_no_runner_is_not_looked_at_all_the_time() -> None:
+    async with case(BatchPolicy(max_queue_delay_s=5.0), cost=lambda rows, length: 60.0) as c:
+        c.ask(rows_of(1))
+        await asyncio.sleep(5.5)
+        assert c.runs == [1]
+        second = c.ask(rows_of(2))
+        await asyncio.sleep(10)
+        assert c.batcher._queue.requests == 1
+        assert c.batcher._timer_at > c.loop.time() + 50, "the end of the run looks"
+        await second
+        assert c.loop.time() == pytest.approx(125.0, abs=0.1)
+
+
+@on_virtual_time
 async def test_draining_takes_nothing_new_and_finishes_what_there_is() -> None:
     async with case(BatchPolicy(max_queue_delay_s=500.0)) as c:
         tasks = [c.ask(rows_of(value)) for value in range(3)]
