@@ -101,13 +101,19 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def tokens(usage: Any) -> tuple[int, int, int]:
+    """What an answer took; how much of it was still remembered there differs from one call to the next."""
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+
+
 def test_both_clients_get_what_the_other_gateway_says(pair: Pair) -> None:
     with openai.OpenAI(base_url=f"{pair.back.url}/v1", api_key=pair.back.admin_key) as direct:
         near = direct.chat.completions.create(model="small", messages=HELLO, **SHORT)
     raw = pair.openai.chat.completions.with_raw_response.create(model="far", messages=HELLO, **SHORT)
     far = raw.parse()
     assert far.choices[0].message == near.choices[0].message
-    assert (far.model, far.usage, far.choices[0].finish_reason) == ("far", near.usage, near.choices[0].finish_reason)
+    assert (far.model, far.choices[0].finish_reason) == ("far", near.choices[0].finish_reason)
+    assert tokens(far.usage) == tokens(near.usage)
     assert raw.headers["inferway-upstream-attempts"] == "1"
     assert raw.headers["inferway-model-version"] == "1"
     ours = pair.client.chat.create("Say hello.", model="far", **SHORT)
@@ -127,14 +133,12 @@ def test_a_stream_is_the_same_answer_in_pieces(pair: Pair) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.text
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.finish_reason
-    assert chunks[-1].usage is not None
-    assert whole.usage is not None
-    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert tokens(chunks[-1].usage) == tokens(whole.usage)
     unasked = list(pair.openai.chat.completions.create(model="far", messages=HELLO, stream=True, **SHORT))
     assert all(chunk.usage is None and chunk.choices for chunk in unasked)
     with pair.client.chat.create("Say hello.", model="far", stream=True, **SHORT) as ours:
         final = ours.get_final()
-    assert (final.text, final.model, final.usage) == (whole.text, "far", whole.usage)
+    assert (final.text, final.model, tokens(final.usage)) == (whole.text, "far", tokens(whole.usage))
 
 
 def test_completions_are_sent_on_as_well(pair: Pair) -> None:

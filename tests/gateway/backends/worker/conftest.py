@@ -46,11 +46,16 @@ def process_of(session: WorkerSession, index: int = 0) -> WorkerProcess:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that waits to be reaped does not."""
+    """Whether a process runs; one that waits to be reaped does not.
+
+    The first thread of one that was killed may be gone before the others, and its files are open until they are too.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        threads = len(os.listdir(f"/proc/{pid}/task"))
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
+    return state not in ("Z", "X") or threads > 1
 
 
 def own_resident() -> int:
