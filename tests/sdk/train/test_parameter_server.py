@@ -200,22 +200,34 @@ def document_job() -> TrainingJob:
 
 
 def all_digits_job() -> TrainingJob:
-    return digits_job(rows=1597, epochs=10, batch_size=32)
+    """A third of the digits is held out, and it trains until it no longer gets better."""
+    job = digits_job(rows=1797, epochs=30, batch_size=32)
+    inputs = {name: array[:1197] for name, array in job.inputs.items()}
+    held_out = ({name: array[1197:] for name, array in job.inputs.items()}, job.targets[1197:])
+    return replace(job, inputs=inputs, targets=job.targets[:1197], validation=held_out)
 
 
 @pytest.mark.parametrize("mode", ["async", "ssp"])
-@pytest.mark.parametrize("make", [all_digits_job, breast_cancer_job, document_job], ids=lambda make: make.__name__)
-def test_without_step_it_is_as_accurate_as_one_process(make: Callable[[], TrainingJob], mode: Any) -> None:
-    job = make()
-    assert job.validation is not None
-    one = job.replica()
-    one.load(alone(job))
-    expected = one.evaluate(*job.validation, batch_size=500)["accuracy"]
-    result = parameter_server.fit(job, mode=mode, staleness=2, workers=2)
-    assert expected > 0.85
-    assert result.history["val_accuracy"][-1] >= expected - 0.01
-    if mode == "ssp":
-        assert result.facts["max_staleness"] <= 2
+@pytest.mark.parametrize(
+    ("make", "seeds"),
+    [(all_digits_job, 6), (breast_cancer_job, 3), (document_job, 2)],
+    ids=["digits", "breast-cancer", "documents"],
+)
+def test_without_step_it_is_as_accurate_as_one_process(make: Callable[[], TrainingJob], seeds: int, mode: Any) -> None:
+    """On average: who is faster than whom differs from run to run, and a few hundred rows tell no hundredth of it."""
+    expected, found = [], []
+    for seed in range(seeds):
+        job = replace(make(), seed=seed)
+        assert job.validation is not None
+        one = job.replica()
+        one.load(alone(job))
+        expected.append(one.evaluate(*job.validation, batch_size=500)["accuracy"])
+        result = parameter_server.fit(job, mode=mode, staleness=2, workers=2)
+        found.append(result.history["val_accuracy"][-1])
+        if mode == "ssp":
+            assert result.facts["max_staleness"] <= 2
+    assert min(expected) > 0.85
+    assert np.mean(found) >= np.mean(expected) - 0.01
 
 
 @pytest.mark.parametrize(("compression", "fraction", "share"), [("fp16", 1.0, 0.5), ("topk", 0.1, 0.2)])

@@ -51,7 +51,7 @@ def alive(pid: int) -> bool:
     The first thread of one that was killed may be gone before the others, and its files are open until they are too.
     """
     try:
-        threads = len(os.listdir(f"/proc/{pid}/task"))
+        threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
